@@ -1,0 +1,129 @@
+"""What every adapter tells about its model: the seam between the cascade and the libraries.
+
+Legend: B images, H heads, N tokens, C channels, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from cpvit.core import BlockView, HostArguments
+
+
+class UnsupportedModelError(TypeError):
+    """The model cannot be pruned; the message says why and what is supported."""
+
+
+class BlockCosts(NamedTuple):
+    """Multiply-accumulates of one block: N*N*pair + N*attention_token + M*mlp_token, M tokens in the MLP."""
+
+    attention_token: int
+    """Projections Q, K, V and output, per token."""
+    pair: int
+    """query @ key and attention @ value, per pair of tokens."""
+    mlp_token: int
+    """MLP, per token."""
+
+    def macs(self, tokens_in: int, tokens_out: int) -> int:
+        """MACs of the block for one image when ``tokens_in`` enter it and ``tokens_out`` reach its MLP."""
+        return self.pair * tokens_in**2 + self.attention_token * tokens_in + self.mlp_token * tokens_out
+
+
+class HeadParameter(NamedTuple):
+    """A parameter that has a slice per head, to be cut when heads are pruned."""
+
+    owner: nn.Module
+    name: str
+    dim: int
+    groups: int
+    """How often the run of heads is repeated along ``dim`` (3 for a fused Q, K, V; 1 otherwise)."""
+    width: int
+    """Entries per head (the head dimension, or 1 for a per-head bias)."""
+
+
+class HostBlock(BlockView, Protocol):
+    """A block view that also knows its size and how its heads can be cut."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads the block has now."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The host's block."""
+        ...
+
+    def costs(self) -> BlockCosts:
+        """MACs per token and per pair, with the heads the block has now."""
+        ...
+
+    def head_parameters(self) -> Sequence[HeadParameter]:
+        """Parameters to cut when heads go; raises UnsupportedModelError where that is not exact."""
+        ...
+
+    def set_num_heads(self, count: int) -> None:
+        """Tell the host's attention module how many heads its (already cut) weights hold."""
+        ...
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model opened for pruning."""
+
+    family: str
+    """What the support table calls it, e.g. "timm ViT"."""
+    model: nn.Module
+    parent: nn.Module
+    """Module that holds the blocks ..."""
+    attribute: str
+    """... under this name."""
+    blocks: tuple[HostBlock, ...]
+    num_prefix: int
+    """Class, distillation and register tokens at the front of the sequence: never pruned."""
+    grid: tuple[int, int]
+    """Patch rows and columns."""
+    image_shape: tuple[int, int, int]
+    """Channels, height, width of one input image."""
+    pools_patches: bool
+    """Whether the head reads patches (average or attention pooling): merged ones are then spread out again."""
+    pool_token_macs: int = 0
+    """MACs the head spends per patch it reads (attention pooling)."""
+    forbidden: tuple[str, ...] = ()
+    """Methods of ``model`` that would walk the blocks by themselves and bypass the pruning."""
+    positional: tuple[str, ...] = ()
+    """Names of the arguments the host passes to its blocks by position, after the tokens."""
+    output: Callable[[Any], Tensor] = lambda result: result
+    """The tensor to compare and classify with, from what ``model(images)`` returns."""
+    blocked: Callable[[Host, HostArguments], str | None] = lambda _host, _extra: None
+    """Why this forward cannot be pruned, from the host's settings and the arguments of its first block; None
+    if it can. A function of the host, not a closure over a model: a copied model then asks about itself."""
+    architecture: str = ""
+    """The model's name, where it does not carry one itself."""
+    resizing: str = ""
+    """How to tell the model another image size, where it takes any."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, prefix included."""
+        return self.num_prefix + self.num_patches
+
+    @property
+    def name(self) -> str:
+        """The model's own name where it has one, else its class."""
+        configuration = getattr(self.model, "pretrained_cfg", None) or {}
+        return str(self.architecture or configuration.get("architecture") or type(self.model).__name__)

@@ -1,0 +1,186 @@
+"""What the adapters of timm's families share.
+
+Legend: B images, H heads, N tokens, P prefix tokens, n patches alive (N = P + n), D head dimension,
+C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from timm.layers import AttentionPoolLatent, PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cpvit.adapters.host import HeadParameter, UnsupportedModelError
+from cpvit.attention import AttentionInputs
+from cpvit.core import HostArguments
+
+HostModule: TypeAlias = Any
+"""A module of timm's: an ``nn.Module`` whose attributes carry no types."""
+
+WALKERS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
+"""Methods of timm's models that walk the blocks by themselves."""
+
+SHARED_BIAS = (
+    "heads cannot be pruned in this model: all blocks share one relative position bias per head, so that a "
+    "head cannot be cut out of a single block; prune patches only (head_keep_rate=1)"
+)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B N 3*H*D] -> three of [B H N D]."""
+    batch, tokens, _ = qkv.shape
+    query, key, value = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def join_heads(out: Tensor) -> Tensor:
+    """[B H N D] -> [B N H*D]."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def fused_qkv(attn: HostModule, x: Tensor) -> Tensor:
+    """Fused projection, with the three bias vectors some families keep apart: [B N C] -> [B N 3*H*D]."""
+    if getattr(attn, "q_bias", None) is None:
+        projected: Tensor = attn.qkv(x)
+        return projected
+    bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    if getattr(attn, "qkv_bias_separate", False):
+        # The host rounds the product before it adds the bias, which shows in half precision.
+        return attn.qkv(x) + bias
+    return F.linear(x, attn.qkv.weight, bias)
+
+
+def project_out(attn: HostModule, inputs: AttentionInputs, out: Tensor) -> Tensor:
+    """What follows the attention inside the host's module: out [B H N D] -> [B N C]."""
+    joined = join_heads(out)
+    norm = getattr(attn, "norm", None)
+    joined = joined if norm is None else norm(joined)
+    joined = joined if inputs.gate is None else joined * inputs.gate
+    projected: Tensor = attn.proj_drop(attn.proj(joined))
+    return projected
+
+
+def gate_of(attn: HostModule, x: Tensor) -> Tensor | None:
+    """What the attention output is multiplied with, where the host has a gate: [B N C] -> [B N H*D]."""
+    gate = getattr(attn, "gate", None)
+    return None if gate is None else gate(x).sigmoid()
+
+
+def dropout_of(attn: HostModule) -> float:
+    """Probability of dropping an attention weight now."""
+    return float(attn.attn_drop.p) if attn.training else 0.0
+
+
+def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    """LayerScale kept as a bare parameter, which may be absent."""
+    return x if gamma is None else gamma * x
+
+
+def pair_index(positions: Tensor, num_prefix: int, num_tokens: int) -> Tensor:
+    """Where the pairs of surviving tokens lie in a flattened N x N matrix: [B n] -> [B (P+n)*(P+n)]."""
+    prefix = torch.arange(num_prefix, device=positions.device).expand(positions.shape[0], num_prefix)
+    rows = torch.cat([prefix, positions + num_prefix], dim=1)
+    return (rows[:, :, None] * num_tokens + rows[:, None, :]).flatten(1)
+
+
+def look_up(values: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """Per-head values [H R] at the flattened pairs [B N*N] of ``tokens`` = N tokens -> [B H N N]."""
+    batch, heads = index.shape[0], values.shape[0]
+    index = index[:, None, :].expand(batch, heads, index.shape[1])
+    return values.expand(batch, *values.shape).gather(2, index).view(batch, heads, tokens, tokens)
+
+
+def linear_macs(module: nn.Module) -> int:
+    """MACs per token of every linear layer inside: the number of their weights."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def linear_heads(linear: nn.Linear, dim: int, groups: int, width: int) -> list[HeadParameter]:
+    """Weight, and bias if any, of a linear layer whose outputs are heads."""
+    found = [HeadParameter(linear, "weight", dim, groups, width)]
+    return found if linear.bias is None else [*found, HeadParameter(linear, "bias", dim, groups, width)]
+
+
+def bias_heads(attn: HostModule, width: int) -> list[HeadParameter]:
+    """The three bias vectors, a parameter, a buffer, a parameter, of families that keep them apart."""
+    if getattr(attn, "q_bias", None) is None:
+        return []
+    return [HeadParameter(attn, name, 0, 1, width) for name in ("q_bias", "k_bias", "v_bias")]
+
+
+def refuse_inner_norm(attn: HostModule) -> None:
+    """A norm over the joined heads mixes them.
+
+    Raises:
+        UnsupportedModelError: There is one.
+    """
+    if isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+        return
+    raise UnsupportedModelError(
+        "heads cannot be pruned in this model: its attention normalises the joined heads (scale norm), "
+        "so that removing one changes all others; prune patches only (head_keep_rate=1)"
+    )
+
+
+def pool_token_macs(pool: nn.Module | None) -> int:
+    """MACs of timm's latent attention pooling per token it reads: keys, values, and their attention."""
+    if pool is None:
+        return 0
+    if not isinstance(pool, AttentionPoolLatent):
+        raise UnsupportedModelError(f"attention pooling by {type(pool).__name__} is not known to cpvit")
+    return int(pool.kv.weight.numel() + 2 * pool.latent_len * pool.kv.out_features // 2)
+
+
+def refuse_masks(extra: HostArguments) -> None:
+    """A mask over the full sequence has no meaning once patches have left."""
+    given = [name for name, value in extra.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(
+            f"a pruned model cannot take {', '.join(given)}: it speaks of patches that may have left"
+        )
+
+
+def check_stem(model: HostModule) -> None:
+    """Raise UnsupportedModelError unless the image is cut into patches directly."""
+    if not isinstance(model.patch_embed, PatchEmbed):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} with a {type(model.patch_embed).__name__} stem cannot be pruned: "
+            "only models that cut the image into patches directly are supported, not hybrids"
+        )
+
+
+def check_blocks(model: HostModule, blocks: Sequence[type], attentions: Sequence[type]) -> None:
+    """Raise UnsupportedModelError unless every block, and its attention, is of a class known exactly."""
+    for number, block in enumerate(model.blocks.children()):
+        place = f"block {number} of {type(model).__name__}"
+        if type(block) not in blocks:
+            raise UnsupportedModelError(
+                f"{place} is a {type(block).__name__}, which cannot be pruned: attention and MLP must follow "
+                f"one another (timm's {_names(blocks)})"
+            )
+        if type(block.attn) not in attentions:
+            raise UnsupportedModelError(
+                f"{place} uses {type(block.attn).__name__}, which cannot be pruned: only timm's standard "
+                f"{_names(attentions)} is known exactly"
+            )
+
+
+def _names(classes: Sequence[type]) -> str:
+    return " or ".join(known.__name__ for known in classes)
+
+
+def image_shape(model: HostModule) -> tuple[int, int, int]:
+    """Channels, height and width the model was made for."""
+    stem = model.patch_embed
+    height, width = stem.img_size
+    return int(stem.proj.in_channels), int(height), int(width)
+
+
+def grid_of(model: HostModule) -> tuple[int, int]:
+    """Patch rows and columns."""
+    rows, columns = model.patch_embed.grid_size
+    return int(rows), int(columns)

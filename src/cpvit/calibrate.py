@@ -1,0 +1,114 @@
+"""What a few unlabelled images tell about a model: how far each block looks, and which heads matter.
+
+Both come from the attention of the untouched model. Legend: B images, H heads, N tokens, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cpvit.adapters import Host, open_host
+from cpvit.cascade import Cascade, Watched, Watcher, install, installed, make_steps, uninstall, watching
+from cpvit.core import CPViT, head_score
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of one model on a set of images."""
+
+    images: int
+    attention_range: tuple[float, ...]
+    """Per block: mean distance, in patches, between a patch and the patch it attends to most."""
+    head_scores: tuple[tuple[float, ...], ...]
+    """Per block and head: T^l, the sum over tokens of the strongest attention paid to each, mean over images."""
+
+
+def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibration:
+    """Measure attention range and head scores on unlabelled images.
+
+    Args:
+        model: An untouched model (not a pruned one).
+        images: [B 3 H W], or an iterable of such batches, preprocessed as for the model.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+        ValueError: No images, or the model is pruned already.
+    """
+    host = open_host(model)
+    if installed(host) is not None:
+        raise ValueError(
+            f"{host.name} is pruned already; calibrate the untouched model: call unprune_(model) first"
+        )
+    statistics = _Statistics(host)
+    cascade = _keep_everything(host)
+    install(host, cascade)
+    try:
+        with watching(cascade, Watcher(statistics.see, attention=True)):
+            _run_all(model, images)
+    finally:
+        uninstall(host)
+    return statistics.result()
+
+
+def _keep_everything(host: Host) -> Cascade:
+    method = CPViT()
+    return Cascade(host, method, make_steps(method, [host.num_patches] * host.depth, host.num_patches))
+
+
+@torch.inference_mode()
+def _run_all(model: nn.Module, images: Tensor | Iterable[Tensor]) -> None:
+    parameter = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    for batch in images.split(32) if isinstance(images, Tensor) else images:
+        model(batch.to(parameter.device, parameter.dtype))
+    model.train(was_training)
+
+
+class _Statistics:
+    """Sums over images; one entry per block."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.distance = patch_distances(*host.grid)
+        self.images = 0
+        self.range_sum = torch.zeros(host.depth, dtype=torch.float64)
+        self.head_sum = [torch.zeros(block.num_heads, dtype=torch.float64) for block in host.blocks]
+
+    def see(self, watched: Watched) -> None:
+        probs = watched.probs
+        assert probs is not None
+        self.images += probs.shape[0] if watched.block == 0 else 0
+        range_ = attention_range(probs, self.host.num_prefix, self.distance.to(probs.device))
+        self.range_sum[watched.block] += range_.sum().double().cpu()
+        self.head_sum[watched.block] += head_score(probs.amax(dim=-2)).sum(0).double().cpu()
+
+    def result(self) -> Calibration:
+        if self.images == 0:
+            raise ValueError("no calibration images were given; give at least one, 32 or more to be stable")
+        return Calibration(
+            images=self.images,
+            attention_range=tuple((self.range_sum / self.images).tolist()),
+            head_scores=tuple(tuple((total / self.images).tolist()) for total in self.head_sum),
+        )
+
+
+def patch_distances(rows: int, columns: int) -> Tensor:
+    """Euclidean distance between every two patches of the grid, in patches: [n n]."""
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], dim=1).double()
+    return torch.cdist(places, places).float()
+
+
+def attention_range(probs: Tensor, num_prefix: int, distance: Tensor) -> Tensor:
+    """Mean distance from each patch to the patch it attends to most, over heads and patches: [B H N N] -> [B].
+
+    The released code asks whether that key lies within 10 places in the flattened sequence, on 150 random
+    queries of one head; the distance on the grid, over all of them, says the same without the row wrap.
+    """
+    strongest = probs[:, :, num_prefix:, num_prefix:].argmax(dim=-1)
+    return distance.gather(1, strongest.flatten(0, 1).T).T.reshape(strongest.shape).mean(dim=(1, 2))

@@ -1,0 +1,105 @@
+"""The command line: a subcommand per verb, each a typed function of :mod:`cpvit.commands`; nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+"""What the library raises with a message meant for the user. Anything else is a bug and shows its traceback."""
+
+
+def commands() -> dict[str, Callable[..., None]]:
+    """Subcommand to function."""
+    from cpvit.commands import benchmark, demo, eval, models, verify
+
+    return {
+        "eval": eval.run,
+        "benchmark": benchmark.run,
+        "verify": verify.run,
+        "models": models.run,
+        "demo": demo.run,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    return run_cli(commands(), sys.argv[1:] if arguments is None else arguments, prog="cpvit")
+
+
+def entry_point() -> None:
+    """What the ``cpvit`` script calls."""
+    sys.exit(main())
+
+
+def run_cli(
+    functions: dict[str, Callable[..., None]] | Callable[..., None], arguments: Sequence[str], *, prog: str
+) -> int:
+    """Parse, call, and turn a user's mistake into one line on stderr.
+
+    Returns:
+        0 if it did what was asked, 1 for an error, 2 for a command line that cannot be understood, 130 if
+        interrupted.
+    """
+    try:
+        _parse(functions, arguments, prog)()
+    except SystemExit as stop:  # --help, or a command line tyro refused
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except USER_ERRORS as error:
+        print(f"{prog}: error: {_one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(
+    functions: dict[str, Callable[..., None]] | Callable[..., None], arguments: Sequence[str], prog: str
+) -> Callable[[], None]:
+    """Let tyro parse, without calling yet; its boxed complaint becomes one line."""
+    complaint = io.StringIO()
+    config = (tyro.conf.OmitArgPrefixes,)
+    given = list(arguments)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            if callable(functions):
+                call = tyro.cli(_deferred(functions), args=given, prog=prog, config=config)
+            else:
+                later = {name: _deferred(function) for name, function in functions.items()}
+                call = tyro.extras.subcommand_cli_from_dict(later, args=given, prog=prog, config=config)
+    except SystemExit as stop:
+        if stop.code == 2:
+            print(f"{prog}: error: {unboxed(complaint.getvalue())}", file=sys.stderr)
+        raise
+    return call
+
+
+def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The same command line, but parsing it gives a call to make instead of making it."""
+
+    @functools.wraps(function)
+    def bind(*args: object, **kwargs: object) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    bind.__annotations__ = {**function.__annotations__, "return": Callable[[], None]}
+    return bind
+
+
+def unboxed(text: str) -> str:
+    """The words in one of tyro's boxes, as one line, without title, borders and the reminder of --help."""
+    rows = [re.sub(r"[╭╮╰╯│─]+", " ", row).strip() for row in text.splitlines()[1:]]
+    words = _one_line(re.split(r"Argument helptext:|For full helptext", " ".join(rows))[0])
+    return re.sub(r"Error parsing __tyro-dummy-inner__\S*: ", "", words)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,166 @@
+"""What the subcommands share: building models and loaders, progress, writing the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from cpvit.adapters import open_host
+from cpvit.calibrate import Calibration, calibrate
+from cpvit.checkpoints import head_classes, load_checkpoint
+from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
+from cpvit.environment import choose_device, choose_dtype
+from cpvit.models import create_model
+
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+def build_model(options: ModelOptions, *, data: str | None = None, weights_needed: bool = True) -> nn.Module:
+    """The model with its weights, on its device, in eval mode; says what was loaded.
+
+    Raises:
+        ValueError: No weights where they are needed, or they do not fit.
+    """
+    if options.checkpoint is not None and options.pretrained:
+        raise ValueError("give --checkpoint or --pretrained, not both")
+    if weights_needed and options.checkpoint is None and not options.pretrained:
+        raise ValueError(
+            "random weights have no accuracy to measure: give --checkpoint FILE, or --pretrained"
+        )
+    model = create_model(
+        options.model,
+        num_classes=_num_classes(options, data),
+        image_size=_image_size(options.image_size),
+        pretrained=options.pretrained,
+    )
+    open_host(model)  # refuse what cannot be pruned before reading large files
+    if options.checkpoint is not None:
+        say(load_checkpoint(model, options.checkpoint).summary())
+    return model.to(choose_device(options.device), choose_dtype(options.dtype)).eval()
+
+
+def _num_classes(options: ModelOptions, data: str | None) -> int | None:
+    if options.num_classes is not None:
+        return options.num_classes
+    if options.checkpoint is not None:
+        return head_classes(options.checkpoint)
+    return CIFAR_CLASSES.get(data or "")
+
+
+def _image_size(size: tuple[int, ...] | None) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    if len(size) > 2:
+        raise ValueError(f"--image-size takes one number, or height and width, got {len(size)} numbers")
+    return size[0] if len(size) == 1 else (size[0], size[1])
+
+
+def build_batches(model: nn.Module, options: DataOptions, preprocessing: PreprocessingOptions) -> Batches:
+    """Labelled batches of what ``--data`` names."""
+    source = open_source(options)
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    return make_loader(
+        source.limited(options.limit, options.seed),
+        build_preprocessing(model, preprocessing),
+        labels=label_map(source, classes),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        skip_bad_images=options.skip_bad_images,
+    )
+
+
+def open_source(options: DataOptions) -> ImageSource:
+    """List the images ``--data`` names."""
+    return find_samples(
+        options.data, split=options.split, data_dir=options.data_dir, download=options.download
+    )
+
+
+def build_preprocessing(model: nn.Module, options: PreprocessingOptions) -> Preprocessing:
+    """The model's own preprocessing with the user's changes."""
+    return Preprocessing.from_model(
+        model,
+        mean=options.mean,
+        std=options.std,
+        interpolation=options.interpolation,
+        crop_pct=options.crop_pct,
+    )
+
+
+def build_calibration(
+    model: nn.Module,
+    options: CalibrationOptions,
+    preprocessing: PreprocessingOptions,
+    *,
+    seed: int,
+    fallback: DataOptions | None = None,
+) -> Calibration | None:
+    """Calibrate on what ``--calibration`` names; on a sample of ``fallback`` if that is given instead; else None."""
+    if options.calibration is not None:
+        source = find_samples(options.calibration)
+    elif fallback is not None:
+        source = open_source(fallback)
+        say(
+            f"calibration: no --calibration given, so the heads are chosen on {options.calibration_limit} of the "
+            "evaluated images (no labels used); give --calibration to keep the two apart"
+        )
+    else:
+        return None
+    batches = make_loader(
+        source.limited(options.calibration_limit, seed),
+        build_preprocessing(model, preprocessing),
+        labels=None,
+        batch_size=16,
+    )
+    return calibrate(model, _images(batches))
+
+
+def _images(batches: Batches) -> Iterator[Tensor]:
+    for batch in progress(batches, "calibration", len(batches)):
+        yield batch.images  # type: ignore[attr-defined]
+
+
+def progress(items: Iterable[object], title: str, total: int) -> Iterator[object]:
+    """A progress bar on stderr."""
+    with progress_bar() as bar:
+        yield from bar.track(items, total=total, description=title)
+
+
+def progress_bar() -> Progress:
+    """The project's one look of a progress bar."""
+    return Progress(
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def say(text: str) -> None:
+    """A remark for the person, kept apart from the result on stdout."""
+    print(text, file=sys.stderr)
+
+
+def write_record(result: object, path: Path | None) -> None:
+    """Write a result's record as JSON, if asked for."""
+    if path is None:
+        return
+    record = dataclasses.asdict(result)  # type: ignore[call-overload]
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    say(f"record: {path}")
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch; everything else takes the seed explicitly."""
+    torch.manual_seed(seed)

@@ -1,0 +1,47 @@
+"""``cpvit eval``: accuracy of the dense and the pruned model, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpvit.commands.common import (
+    build_batches,
+    build_calibration,
+    build_model,
+    progress,
+    set_seed,
+    write_record,
+)
+from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.commands.tables import eval_text
+from cpvit.evaluate import evaluate
+from cpvit.plan import PruneConfig
+
+
+def run(
+    model: ModelOptions,
+    data: DataOptions,
+    pruning: PruneConfig,
+    calibration: CalibrationOptions,
+    preprocessing: PreprocessingOptions,
+    json: Path | None = None,
+) -> None:
+    """Evaluate a model dense and pruned on the same labelled images.
+
+    Args:
+        json: Write the record behind what is printed to this file.
+    """
+    set_seed(data.seed)
+    network = build_model(model, data=data.data)
+    batches = build_batches(network, data, preprocessing)
+    heads_need_images = pruning.head_keep_rate < 1 and pruning.head_mode == "slice"
+    statistics = build_calibration(
+        network,
+        calibration,
+        preprocessing,
+        seed=data.seed,
+        fallback=data if heads_need_images else None,
+    )
+    result = evaluate(network, batches, pruning, calibration=statistics, seed=data.seed, progress=progress)
+    print(eval_text(result))
+    write_record(result, json)

@@ -1,0 +1,27 @@
+"""From what a user names to batches of images: sources, labels, preprocessing, loading.
+
+`find_samples` lists images, `label_map` finds their labels for a model's head, `Preprocessing` says how
+images become tensors, and `make_loader` puts these together.
+"""
+
+from cpvit.data.archives import BadArchiveError
+from cpvit.data.images import BadImageError
+from cpvit.data.labels import label_map
+from cpvit.data.loader import Batch, Batches, make_loader
+from cpvit.data.preprocess import Preprocessing
+from cpvit.data.records import ImageSource, Sample, split_samples
+from cpvit.data.sources import find_samples
+
+__all__ = [
+    "BadArchiveError",
+    "BadImageError",
+    "Batch",
+    "Batches",
+    "ImageSource",
+    "Preprocessing",
+    "Sample",
+    "find_samples",
+    "label_map",
+    "make_loader",
+    "split_samples",
+]

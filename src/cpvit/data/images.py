@@ -1,0 +1,74 @@
+"""Turn encoded bytes into an RGB image, or say precisely why that cannot be done."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+
+class BadImageError(ValueError):
+    """A file that should be an image cannot be read or decoded; the message names the file and the cause."""
+
+
+def bad_image(name: str, cause: str) -> BadImageError:
+    """The error for the image `name`, with the one way to go on without it."""
+    return BadImageError(
+        f"cannot read image {name}: {cause}; "
+        "repair or remove it, or leave such files out with skip_bad_images=True (--skip-bad-images)"
+    )
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decode `data` to an RGB image in memory.
+
+    The same pixels as torchvision's ImageFolder: `convert("RGB")`, first frame, EXIF orientation not applied.
+    Only 16-bit greyscale differs: it is scaled to 8 bits, where a plain conversion would clip it to white.
+
+    Args:
+        data: The encoded file.
+        name: How to call the file in an error.
+
+    Raises:
+        BadImageError: The data is empty, truncated, corrupt, not an image, or far too large.
+    """
+    if not data:
+        raise bad_image(name, "the file is empty")
+    try:
+        with _strict_pillow(), Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise bad_image(name, "Pillow does not recognise it as an image") from None
+    except Exception as error:
+        # Broken files make Pillow's plugins raise almost anything (OSError, SyntaxError, struct.error, ...).
+        raise bad_image(name, str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        eight_bits = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(eight_bits.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image.copy()
+    return image.convert("RGB")
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Truncated files fail even if other code made Pillow accept them; harmless warnings stay quiet."""
+    accept_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = accept_truncated

@@ -1,0 +1,115 @@
+"""What a source of images is: named samples, their classes, and a reader that opens one of them."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from PIL import Image
+
+
+class Reader(Protocol):
+    """Opens the images of one source. Must survive pickling, because loader workers get a copy."""
+
+    def read(self, key: str) -> Image.Image:
+        """The RGB image stored under `key`; raises BadImageError if it cannot be decoded."""
+        ...
+
+    def select(self, keys: Sequence[str]) -> Reader:
+        """A reader that needs to serve only `keys`: small to send to a worker, and ready to read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image: its path inside the source (always with `/`) and its class folder, if it has one."""
+
+    key: str
+    class_name: str | None
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images a user named.
+
+    `classes` are all class folders of the source in sorted order, also after `limited` has left none of a
+    class: labels must not depend on a sample. `split_name` is the split in use, None if there are no splits.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    reader: Reader = field(repr=False, compare=False)
+    split_name: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def limited(self, limit: int | None, seed: int = 0) -> ImageSource:
+        """A random sample of `limit` images spread over the classes; everything if None or too few images.
+
+        Class counts differ by at most one, except that a small class gives all it has. The sample depends on
+        the names and the seed alone, and a smaller limit gives a subset of a larger one.
+        """
+        if limit is None:
+            return self
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; expected at least 1 image, or None for all {len(self)}")
+        if limit >= len(self):
+            return self
+        chosen, _ = split_samples(self.samples, limit, seed)
+        return replace(self, samples=chosen)
+
+    def split(self, count: int, seed: int = 0) -> tuple[ImageSource, ImageSource]:
+        """Two disjoint parts, for instance calibration and evaluation: `count` images as in `limited`, the
+        rest.
+
+        Example:
+            >>> calibration, evaluation = source.split(256)  # doctest: +SKIP
+        """
+        if not 0 < count < len(self):
+            raise ValueError(
+                f"cannot take {count} of the {len(self)} images of {self.name} and leave a rest; "
+                f"give a count between 1 and {len(self) - 1}"
+            )
+        chosen, rest = split_samples(self.samples, count, seed)
+        return replace(self, samples=chosen), replace(self, samples=rest)
+
+
+def split_samples(
+    samples: Iterable[Sample], count: int, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """`count` samples taken in turn from each class, and the others; both sorted by key."""
+    order = _round_robin(samples, seed)
+    return _by_key(order[:count]), _by_key(order[count:])
+
+
+def _by_key(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    return tuple(sorted(samples, key=lambda sample: sample.key))
+
+
+def _round_robin(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """All samples, one of each class per round; classes and samples within a class in seeded order."""
+    by_class: dict[str, list[Sample]] = defaultdict(list)
+    for sample in _by_key(samples):
+        by_class[sample.class_name or ""].append(sample)
+    classes = sorted(by_class)
+    random.Random(seed).shuffle(classes)
+    ranked = []
+    for turn, name in enumerate(classes):
+        # A generator per class: adding images to one class leaves the order within the others as it was.
+        random.Random(f"{seed}/{name}").shuffle(by_class[name])
+        ranked += [(round_, turn, sample) for round_, sample in enumerate(by_class[name])]
+    return [sample for *_, sample in sorted(ranked, key=lambda entry: entry[:2])]
+
+
+def make_source(
+    name: str, keys: Sequence[str], classes: Sequence[str | None], reader: Reader, *, split: str | None
+) -> ImageSource:
+    """Pair keys with their classes, in key order."""
+    samples = _by_key(Sample(key, class_name) for key, class_name in zip(keys, classes, strict=True))
+    present = sorted({class_name for class_name in classes if class_name is not None})
+    return ImageSource(name, tuple(present), samples, reader, split)

@@ -1,0 +1,87 @@
+"""Where a number was measured: versions, device, dtype, threads, seed."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Goes into every record."""
+
+    versions: dict[str, str]
+    device: str
+    device_name: str
+    dtype: str
+    threads: int
+    seed: int
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype, seed: int) -> Environment:
+    """Describe this process."""
+    packages = ("cpvit", "torch", "torchvision", "timm", "transformers")
+    found = {name: number for name in packages if (number := _version(name))}
+    return Environment(
+        versions={"python": platform.python_version(), **found},
+        device=str(device),
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        seed=seed,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one; anything else is torch's name of a device.
+
+    Raises:
+        ValueError: Unknown, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1 ..., got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name!r} was asked for and torch sees no CUDA device here; use --device cpu"
+        )
+    return device
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Look a dtype up by name.
+
+    Raises:
+        ValueError: Not one of those supported.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

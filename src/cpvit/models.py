@@ -1,0 +1,123 @@
+"""Create a Vision Transformer by name: any timm name, or one of the names the original CP-ViT code uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from torch import nn
+
+SEED_MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "ViT-B_16": "vit_base_patch16_224",
+        "ViT-B_32": "vit_base_patch32_224",
+        "ViT-L_16": "vit_large_patch16_224",
+        "ViT-L_32": "vit_large_patch32_224",
+        "ViT-H_14": "vit_huge_patch14_224",
+    }
+)
+"""Names of the original CP-ViT code and the timm architecture each one is (LayerNorm eps 1e-6, qkv bias)."""
+
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Create a model in eval mode: images [B 3 H W] -> logits [B num_classes].
+
+    Args:
+        name: A timm name (``deit_tiny_patch16_224``, ``vit_base_patch16_224.augreg_in21k``, ``hf-hub:...``)
+            or a key of :data:`SEED_MODELS`.
+        num_classes: Size of the classification head. None takes timm's choice for that name, which is no head
+            at all for names whose weights have none (``ViT-L_32`` and ``ViT-H_14`` among them).
+        image_size: Side of the input, or (height, width); None takes the model's own. Must be a multiple of
+            the patch size.
+        pretrained: Download the weights. They are never downloaded otherwise.
+
+    Raises:
+        ValueError: The name is unknown, or a size is impossible.
+
+    Example:
+        >>> create_model("vit_tiny_patch16_224", num_classes=10, image_size=96).num_classes
+        10
+    """
+    import timm
+
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}; give 0 (no head) or more")
+    size = _checked_size(image_size)
+    timm_name = resolve_model_name(name)
+    options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+    if size is not None:
+        options["img_size"] = size
+    try:
+        model: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **options)
+    except TypeError as error:
+        if size is None or "img_size" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} has no fixed image size, got image_size={image_size}; leave it out"
+        ) from error
+    _check_patches_fit(model, name, size)
+    return model.eval()
+
+
+def resolve_model_name(name: str) -> str:
+    """Turn a model name into the one timm knows; Hugging Face hub names pass through unchanged.
+
+    Raises:
+        ValueError: Neither timm nor :data:`SEED_MODELS` has the name; the closest names are suggested.
+
+    Example:
+        >>> resolve_model_name("ViT-B_16")
+        'vit_base_patch16_224'
+    """
+    import timm
+
+    if name in SEED_MODELS:
+        return SEED_MODELS[name]
+    if name.startswith(_HUB_PREFIXES):
+        return name
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"unknown model {name!r}; {_suggestion(architecture)}")
+    known = timm.list_models(f"{architecture}.*", include_tags=True)
+    if tag and name not in known:
+        raise ValueError(f"unknown weights {tag!r} of {architecture}; timm has {', '.join(known)}")
+    return name
+
+
+def _suggestion(name: str) -> str:
+    import timm
+
+    names = [*SEED_MODELS, *timm.list_models()]
+    close = get_close_matches(name, names, n=3)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"give a name that timm.list_models() lists, or one of {', '.join(SEED_MODELS)}"
+
+
+def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size is {image_size}; give one positive number or (height, width)")
+    return size[0], size[1]
+
+
+def _check_patches_fit(model: nn.Module, name: str, size: tuple[int, int] | None) -> None:
+    """timm rounds the grid down and fails only when an image arrives; say it at once."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if size is None or patch is None:
+        return
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(
+            f"image size {size[0]}x{size[1]} is not a multiple of the {patch[0]}x{patch[1]} patches of {name}"
+        )

@@ -1,0 +1,123 @@
+"""From what was asked for (:class:`PruneConfig`) to a plan for one model (:class:`Plan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cpvit.adapters import Host
+from cpvit.calibrate import Calibration
+from cpvit.heads import choose_heads
+from cpvit.macs import CostModel, cost_model
+from cpvit.methods import method_named
+from cpvit.plan import DEFAULT_KEEP_RATE, Plan, PruneConfig
+from cpvit.schedule import constant, for_keep_rate, for_macs, kept, layer_aware, linear_ramp
+
+
+def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None = None) -> Plan:
+    """Resolve a configuration for an untouched model.
+
+    Raises:
+        ValueError: Wrong length, an unreachable budget, or calibration needed and not given.
+    """
+    merges = method_named(config.method).merges
+    name, shape = _shape(host, config, calibration)
+    heads, masks = _heads(host, config, shape, calibration)
+    dense = cost_model(host, merges=merges)
+    costs = dense if heads is None else cost_model(host, [len(left) for left in heads], merges=merges)
+    patches = _patches(host, config, shape, costs, dense.dense)
+    return Plan(
+        model=host.name,
+        method=config.method,
+        num_patches=host.num_patches,
+        num_prefix=host.num_prefix,
+        patches_per_block=patches,
+        num_heads=tuple(block.num_heads for block in host.blocks),
+        heads=heads,
+        mask_heads=masks,
+        schedule=name,
+        dial=_dial(config),
+        macs_ratio=round(costs.total(patches) / dense.dense, 6),
+        calibration_images=calibration.images if calibration else 0,
+    )
+
+
+def _shape(host: Host, config: PruneConfig, calibration: Calibration | None) -> tuple[str, tuple[float, ...]]:
+    """Name and shape of the spread over depth."""
+    name: str = config.schedule
+    if name == "auto":
+        name = "layer-aware" if calibration else "linear-ramp"
+    if name == "layer-aware":
+        if calibration is None:
+            raise ValueError(
+                "schedule='layer-aware' measures the attention range on images; give calibration images, or use "
+                "schedule='linear-ramp', which needs none"
+            )
+        shape = layer_aware(calibration.attention_range)
+    else:
+        shape = constant(host.depth) if name == "constant" else linear_ramp(host.depth)
+    return ("explicit" if config.keep_per_block is not None else name), shape
+
+
+def _patches(
+    host: Host, config: PruneConfig, shape: Sequence[float], costs: CostModel, dense: int
+) -> tuple[int, ...]:
+    if config.keep_per_block is not None:
+        return _explicit(host, config.keep_per_block)
+    if config.macs is not None:
+        return for_macs(costs, shape, config.macs, dense=dense)
+    keep_rate = DEFAULT_KEEP_RATE if config.keep_rate is None else config.keep_rate
+    return for_keep_rate(host.num_patches, shape, keep_rate)
+
+
+def _explicit(host: Host, keep: Sequence[float]) -> tuple[int, ...]:
+    if len(keep) != host.depth:
+        raise ValueError(
+            f"keep_per_block has {len(keep)} entries but {host.name} has {host.depth} blocks; give {host.depth}"
+        )
+    if isinstance(keep[0], int):
+        if keep[0] > host.num_patches:
+            raise ValueError(
+                f"keep_per_block keeps {keep[0]} patches but {host.name} has {host.num_patches}; give at most that"
+            )
+        return tuple(int(count) for count in keep)
+    return tuple(max(1, round(fraction * host.num_patches)) for fraction in keep)
+
+
+def _heads(
+    host: Host, config: PruneConfig, shape: Sequence[float], calibration: Calibration | None
+) -> tuple[tuple[tuple[int, ...], ...] | None, tuple[int, ...] | None]:
+    """Heads to slice away, or how many to mask per image; at most one of the two is not None."""
+    if config.head_keep_rate == 1:
+        return None, None
+    counts = {block.num_heads for block in host.blocks}
+    if len(counts) != 1:
+        raise ValueError(
+            f"the head cascade needs the same number of heads in every block, got {sorted(counts)}"
+        )
+    keep = kept(counts.pop(), shape, (1 - config.head_keep_rate) / shape[-1])
+    if config.head_mode == "mask":
+        if not (method_named(config.method).cumulative and method_named(config.method).evidence == "max"):
+            raise ValueError(
+                f"head_mode='mask' needs the method cpvit (it scores every block), got {config.method!r}"
+            )
+        return None, keep
+    if calibration is None:
+        raise ValueError(
+            f"head_keep_rate={config.head_keep_rate} needs calibration images: which heads go is decided on them, "
+            "so their weights can be cut; give calibration images (unlabelled), or head_mode='mask' (saves no time)"
+        )
+    return choose_heads(calibration.head_scores, keep), None
+
+
+def _dial(config: PruneConfig) -> str:
+    parts = [
+        f"{name}={getattr(config, name)}"
+        for name in ("keep_rate", "macs")
+        if getattr(config, name) is not None
+    ]
+    if config.keep_per_block is not None:
+        parts = ["keep_per_block"]
+    parts = parts or [f"keep_rate={DEFAULT_KEEP_RATE} (default)"]
+    if config.head_keep_rate != 1:
+        parts.append(f"head_keep_rate={config.head_keep_rate}")
+    return ", ".join(parts)

@@ -1,0 +1,241 @@
+"""Draw which patches survive: one row per image, one column per stage of the pruning.
+
+Takes only pictures and positions, so it draws the trace of any method and knows none of them. Matplotlib is
+used through its object interface: no window opens, and a caller's own plots are left alone.
+
+Legend: B images, L blocks, N patches of the whole grid, K patches that leave a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_STAGES = 6
+
+_REMOVED_TONE = 0.80  # removed patches fade towards the white page, as if cut out ...
+_REMOVED_LIGHT = 0.16  # ... and keep this much of their own light: enough to see what was given up
+_GRID_TONE = (0.6, 0.6, 0.6, 0.28)
+_CELL_INCHES = 1.55
+_DPI = 120
+
+
+@dataclass(frozen=True)
+class _Stage:
+    heading: str
+    keep: Tensor  # [B N] bool
+    carrier: Tensor | None  # [B N] row of the token that carries each patch
+
+
+def draw_survivors(
+    images: Tensor,
+    survivors: Sequence[Tensor],
+    grid: tuple[int, int],
+    *,
+    path: Path | str,
+    blocks: Sequence[int] | None = None,
+    titles: Sequence[str] | None = None,
+    carriers: Sequence[Tensor | None] | None = None,
+) -> Path:
+    """Write a PNG that shows, image by image, which patches survive each stage.
+
+    A stage is a block that lets fewer patches out than in; of more than six, six are picked evenly.
+
+    Args:
+        images: [B 3 H W] or [B 1 H W], from 0 to 1.
+        survivors: For each of L blocks [B K], the original positions of the patches that leave it, counted
+            row by row over the grid. K may differ from block to block.
+        grid: Rows and columns of patches; rows * columns = N.
+        path: The PNG file to write; its folder is made if need be.
+        blocks: Blocks to draw instead of the stages, counted from 0.
+        titles: A few words for each image, written beside its row.
+        carriers: For methods that merge patches: for each block [B N], the row of the token that carries each
+            original patch, or None. Patches carried together are painted in their mean colour.
+
+    Example:
+        >>> draw_survivors(images, trace.survivors, (14, 14), path="survivors.png")
+    """
+    _check(images, survivors, grid, titles, carriers)
+    chosen = (
+        stages([kept.shape[1] for kept in survivors], grid[0] * grid[1]) if blocks is None else tuple(blocks)
+    )
+    _check_blocks(chosen, len(survivors))
+    columns = [_stage(block, survivors, grid, carriers) for block in chosen]
+    return _write_figure(
+        images.detach().float().cpu().expand(-1, 3, -1, -1), columns, grid, titles, Path(path)
+    )
+
+
+def stages(counts: Sequence[int], patches: int, *, limit: int = MAX_STAGES) -> tuple[int, ...]:
+    """Blocks after which fewer patches are left than before, at most `limit` of them, evenly picked.
+
+    The first and the last are always among them; where nothing was pruned, the last block stands for all.
+
+    Example:
+        >>> stages([16, 12, 12, 8], 16)
+        (1, 3)
+    """
+    if not counts:
+        raise ValueError("counts is empty; give the number of patches that leave each block")
+    before = (patches, *counts[:-1])
+    changed = [block for block, count in enumerate(counts) if count != before[block]] or [len(counts) - 1]
+    if len(changed) <= limit:
+        return tuple(changed)
+    return tuple(changed[round(step * (len(changed) - 1) / (limit - 1))] for step in range(limit))
+
+
+def _check(
+    images: Tensor,
+    survivors: Sequence[Tensor],
+    grid: tuple[int, int],
+    titles: Sequence[str] | None,
+    carriers: Sequence[Tensor | None] | None,
+) -> None:
+    _check_images(images, grid)
+    if not survivors:
+        raise ValueError("survivors is empty; give one tensor of positions for each block")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"titles has {len(titles)} entries but there are {len(images)} images")
+    if carriers is not None and len(carriers) != len(survivors):
+        raise ValueError(f"carriers has {len(carriers)} blocks but survivors has {len(survivors)}")
+    patches = grid[0] * grid[1]
+    for block, kept in enumerate(survivors):
+        _check_positions(block, kept, len(images), patches)
+    for block, carrier in enumerate(carriers or ()):
+        if carrier is not None and tuple(carrier.shape) != (len(images), patches):
+            raise ValueError(
+                f"carriers of block {block} have shape {list(carrier.shape)}, expected "
+                f"[{len(images)}, {patches}]: images, patches of the grid"
+            )
+
+
+def _check_images(images: Tensor, grid: tuple[int, int]) -> None:
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be [B 3 H W] or [B 1 H W], got shape {list(images.shape)}")
+    if not len(images):
+        raise ValueError("images is empty; give at least one")
+    if images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"images must lie between 0 and 1, got {images.min():.3g} to {images.max():.3g}; "
+            "undo the normalisation first"
+        )
+    rows, columns = grid
+    if images.shape[2] % rows or images.shape[3] % columns:
+        raise ValueError(
+            f"images of {images.shape[2]}x{images.shape[3]} pixels do not divide into a grid of "
+            f"{rows}x{columns} patches"
+        )
+
+
+def _check_positions(block: int, kept: Tensor, images: int, patches: int) -> None:
+    if kept.ndim != 2 or kept.shape[0] != images:
+        raise ValueError(
+            f"survivors of block {block} have shape {list(kept.shape)}, expected [{images}, K]: "
+            "one row for each image"
+        )
+    if kept.is_floating_point() or kept.dtype == torch.bool:
+        raise TypeError(
+            f"survivors of block {block} must be whole numbers, positions in the grid; got {kept.dtype}"
+        )
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < patches:
+        raise ValueError(
+            f"survivors of block {block} run from {int(kept.min())} to {int(kept.max())}, but the grid has "
+            f"positions 0 to {patches - 1}; leave prefix tokens out"
+        )
+
+
+def _check_blocks(blocks: Sequence[int], depth: int) -> None:
+    wrong = [block for block in blocks if not 0 <= block < depth]
+    if wrong or not blocks:
+        raise ValueError(f"blocks must name at least one block from 0 to {depth - 1}, got {list(blocks)}")
+
+
+def _stage(
+    block: int, survivors: Sequence[Tensor], grid: tuple[int, int], carriers: Sequence[Tensor | None] | None
+) -> _Stage:
+    kept, patches = survivors[block].cpu().long(), grid[0] * grid[1]
+    heading = f"after block {block + 1}\n{kept.shape[1]} of {patches} patches"
+    carrier = None if carriers is None else carriers[block]
+    if carrier is not None:
+        return _Stage(heading, torch.ones(len(kept), patches, dtype=torch.bool), carrier.cpu().long())
+    return _Stage(heading, torch.zeros(len(kept), patches, dtype=torch.bool).scatter_(1, kept, True), None)
+
+
+def _picture(image: Tensor, grid: tuple[int, int], keep: Tensor, carrier: Tensor | None) -> Tensor:
+    """The image [3 H W] with its removed patches faded out, and merged patches in their mean colour."""
+    if carrier is not None:
+        image = _merge_colours(image, grid, carrier)
+    height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
+    mask = keep.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
+    return torch.where(mask, image, _REMOVED_TONE + _REMOVED_LIGHT * image.mean(0, keepdim=True))
+
+
+def _merge_colours(image: Tensor, grid: tuple[int, int], carrier: Tensor) -> Tensor:
+    """Paint each group of several patches in its mean colour; a patch carried alone stays as it is."""
+    height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
+    cells = (
+        image.unflatten(1, (grid[0], height))
+        .unflatten(3, (grid[1], width))
+        .permute(1, 3, 0, 2, 4)
+        .flatten(0, 1)
+    )
+    group = carrier.unique(return_inverse=True)[1]  # [N] numbers without gaps
+    size = group.bincount()
+    total = torch.zeros(len(size), 3).index_add_(0, group, cells.mean(dim=(2, 3)))
+    mean = (total / size[:, None])[group]
+    cells = torch.where((size[group] > 1)[:, None, None, None], mean[:, :, None, None], cells)
+    cells = cells.unflatten(0, grid).permute(2, 0, 3, 1, 4)
+    return cells.flatten(1, 2).flatten(2, 3)
+
+
+def _write_figure(
+    images: Tensor, columns: Sequence[_Stage], grid: tuple[int, int], titles: Sequence[str] | None, path: Path
+) -> Path:
+    axes, figure = _axes(len(images), 1 + len(columns), images.shape[2] / images.shape[3], titles)
+    axes[0][0].set_title("image", fontsize=9, linespacing=1.35)
+    for column, stage in enumerate(columns, start=1):
+        axes[0][column].set_title(stage.heading, fontsize=9, linespacing=1.35)
+    for row, image in enumerate(images):
+        _show(axes[row][0], image)
+        for column, stage in enumerate(columns, start=1):
+            carrier = None if stage.carrier is None else stage.carrier[row]
+            _show(axes[row][column], _picture(image, grid, stage.keep[row], carrier))
+            _draw_grid(axes[row][column], image, grid)
+        if titles is not None:
+            axes[row][0].set_ylabel(titles[row], rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")
+    return path
+
+
+def _axes(rows: int, columns: int, aspect: float, titles: Sequence[str] | None) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    beside = 0.075 * max((len(line) for title in titles or () for line in title.split("\n")), default=0)
+    size = (columns * _CELL_INCHES + beside, rows * _CELL_INCHES * aspect + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.035, h_pad=0.035, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
+    return figure.subplots(rows, columns, squeeze=False), figure
+
+
+def _show(axes: "Axes", image: Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _draw_grid(axes: "Axes", image: Tensor, grid: tuple[int, int]) -> None:
+    height, width = image.shape[1:]
+    rows = [step * height / grid[0] - 0.5 for step in range(1, grid[0])]
+    columns = [step * width / grid[1] - 0.5 for step in range(1, grid[1])]
+    axes.hlines(rows, -0.5, width - 0.5, colors=[_GRID_TONE], linewidths=0.5)
+    axes.vlines(columns, -0.5, height - 0.5, colors=[_GRID_TONE], linewidths=0.5)

@@ -1,0 +1,218 @@
+"""Two slow, literal implementations to hold the library against. They import nothing from it.
+
+``paper_oracle`` is the paper's method, one image, one head, one token at a time, over a timm
+VisionTransformer's own submodules. It never removes a token: a pruned patch stays where it is, its key
+is masked with -inf from the next block on, and its row is computed and ignored. Choices where the paper
+is silent:
+
+- A block's evidence M[h, j] is the strongest attention that any *surviving* query, prefix tokens
+  included, pays to key j. It covers every head still alive on entry to the block.
+- The patches to keep are chosen after the block's attention, from the cumulative score that includes
+  that attention, and leave before the same block's MLP.
+- Heads are chosen per image by the cumulative sum of their evidence over all surviving tokens, prefix
+  included. A head not kept is masked before the projection of the same block, and stays out: in later
+  blocks it gives no output and no evidence.
+- The classifier head pools the survivors only.
+
+``released_oracle`` is what the authors' released code does (see its docstring).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class PaperOutput:
+    logits: torch.Tensor  # [B, classes]
+    survivors: list[torch.Tensor]  # per block [B, keep[l]], ascending patch indices
+    scores: list[torch.Tensor]  # per block [B, patches], cumulative; nan where the patch had gone before
+    head_scores: list[torch.Tensor]  # per block [B, heads], cumulative; frozen once the head has gone
+    heads: list[torch.Tensor]  # per block [B, heads kept], ascending head indices
+
+
+def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
+    tokens = model._pos_embed(model.patch_embed(images))
+    return model.norm_pre(model.patch_drop(tokens))
+
+
+@torch.no_grad()
+def paper_oracle(
+    model: Any, images: torch.Tensor, keep: list[int], heads_keep: list[int] | None = None
+) -> PaperOutput:
+    """Run the paper's method; ``keep[l]`` patches survive block l, ``heads_keep[l]`` heads block l."""
+    model = model.double().eval()
+    images = images.double()
+    per_image = [_one_image(model, image[None], keep, heads_keep) for image in images]
+
+    def stacked(field: str) -> list[torch.Tensor]:
+        return [torch.stack([out[field][block] for out in per_image]) for block in range(len(keep))]
+
+    return PaperOutput(
+        logits=torch.cat([out["logits"] for out in per_image]),
+        survivors=stacked("survivors"),
+        scores=stacked("scores"),
+        head_scores=stacked("head_scores"),
+        heads=stacked("heads"),
+    )
+
+
+def _one_image(
+    model: Any, image: torch.Tensor, keep: list[int], heads_keep: list[int] | None
+) -> dict[str, Any]:
+    x = embed(model, image)[0]  # [tokens, dim]
+    prefix = model.num_prefix_tokens
+    patches = list(range(prefix, x.shape[0]))  # the surviving patches, as positions in the sequence
+    number_of_heads = model.blocks[0].attn.num_heads
+    heads = list(range(number_of_heads))
+    patch_score = [0.0] * x.shape[0]
+    head_score = [0.0] * number_of_heads
+    record: dict[str, Any] = {"survivors": [], "scores": [], "head_scores": [], "heads": []}
+
+    for index, block in enumerate(model.blocks):
+        alive = list(range(prefix)) + patches
+        attended = block.norm1(x)
+        attention = _attention(block.attn, attended, alive)  # [heads, tokens, tokens]
+
+        for head in heads:
+            for key in alive:
+                evidence = max(attention[head, query, key].item() for query in alive)
+                patch_score[key] += evidence
+                head_score[head] += evidence
+        record["scores"].append(
+            torch.tensor(
+                [patch_score[p] if p in patches else float("nan") for p in range(prefix, x.shape[0])],
+                dtype=x.dtype,
+            )
+        )
+        record["head_scores"].append(torch.tensor(head_score, dtype=x.dtype))
+
+        if heads_keep is not None:
+            ranked = sorted(heads, key=lambda head: head_score[head], reverse=True)
+            heads = sorted(ranked[: heads_keep[index]])
+        x = x + block.ls1(_mix(block.attn, attended, attention, heads))
+
+        ranked = sorted(patches, key=lambda patch: patch_score[patch], reverse=True)
+        patches = sorted(ranked[: keep[index]])
+        record["survivors"].append(torch.tensor([patch - prefix for patch in patches]))
+        record["heads"].append(torch.tensor(heads))
+
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+
+    survivors = x[list(range(prefix)) + patches]
+    record["logits"] = model.forward_head(model.norm(survivors)[None])
+    return record
+
+
+def _split(attn: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count = tokens.shape[0]
+    q, k, v = attn.qkv(tokens).chunk(3, dim=-1)
+    per_head = [part.reshape(count, attn.num_heads, attn.head_dim).transpose(0, 1) for part in (q, k, v)]
+    return attn.q_norm(per_head[0]), attn.k_norm(per_head[1]), per_head[2]
+
+
+def _attention(attn: Any, tokens: torch.Tensor, alive: list[int]) -> torch.Tensor:
+    q, k, _ = _split(attn, tokens)
+    mask = torch.full((tokens.shape[0],), float("-inf"), dtype=tokens.dtype)
+    mask[alive] = 0.0
+    return torch.stack(
+        [torch.softmax(q[h] @ k[h].T * attn.scale + mask, dim=-1) for h in range(attn.num_heads)]
+    )
+
+
+def _mix(attn: Any, tokens: torch.Tensor, attention: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    value = _split(attn, tokens)[2]
+    outputs = [
+        attention[h] @ value[h] if h in heads else torch.zeros_like(value[h]) for h in range(attn.num_heads)
+    ]
+    return attn.proj(attn.norm(torch.cat(outputs, dim=-1)))
+
+
+@dataclass
+class ReleasedOutput:
+    logits: torch.Tensor  # [B, classes]
+    attention_tokens: list[float]  # per block, the mean number of tokens left unzeroed
+    ffn_tokens: list[float]
+
+
+RELEASED_COUNTERS = {
+    "intended": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    "released": [0, 2, 4, 6, 8, 10, 0, 2, 4, 6, 8, 10],
+}
+
+
+@torch.no_grad()
+def released_oracle(
+    model: Any,
+    images: torch.Tensor,
+    counter: str = "intended",
+    scale: float = 1.0,
+    stale: bool | None = None,
+) -> ReleasedOutput:
+    """What the authors' released code does to a 12-block model, batched.
+
+    - Before a block's attention, the tokens of lowest cumulative score (all previous blocks) are set to
+      zero after the LayerNorm: none for c <= 2, 5% * (c - 2) for c = 3..8, 30% for c >= 9.
+    - That attention's scores are added. Every query counts, zeroed ones too, and so does every key.
+    - Before the MLP, the lowest 4% * c are set to zero after the LayerNorm.
+    - The class token is scored and ranked with the rest; the residual stream passes everything through,
+      and a zeroed token still goes through the layers as its biases: as a query, as a key and in the MLP.
+    - The number zeroed is int(ratio * tokens), that many strictly below the threshold.
+    - ``counter='released'``: c runs 0, 2, 4, 6, 8, 10; counter and scores start again at block 6.
+    - ``stale``: the released MLP compares the scores, this block's included, with a threshold taken
+      before this block's were added, so that far fewer than 4% * c fall below it. True by default for
+      'released'; False, what was surely meant, for 'intended'.
+    - ``scale`` multiplies the ratios, which lets it be compared at another budget (at least one token
+      stays). It draws nothing at random: the sampled attention range is never used by that code.
+    """
+    model = model.eval()
+    stale = counter == "released" if stale is None else stale
+    x = embed(model, images)
+    tokens = x.shape[1]
+    score = x.new_zeros(x.shape[:2])
+    attention_tokens, ffn_tokens = [], []
+
+    def lowest(score: torch.Tensor, ranking: torch.Tensor, ratio: float) -> torch.Tensor:
+        rank = min(int(ratio * scale * tokens + 1e-9), tokens - 1)
+        return score < ranking.sort(dim=1).values[:, rank, None]
+
+    for block, count in zip(model.blocks, RELEASED_COUNTERS[counter], strict=True):
+        if count == 0:
+            score = torch.zeros_like(score)
+        before = score
+        zeroed = lowest(score, score, 0.05 * (min(count, 8) - 2) if count > 2 else 0.0)
+        attended = block.norm1(x).masked_fill(zeroed[..., None], 0.0)
+        out, evidence = _scored_attention(block.attn, attended)
+        x = x + block.ls1(out)
+        score = score + evidence
+        attention_tokens.append(tokens - zeroed.sum(1).double().mean().item())
+
+        zeroed = lowest(score, before if stale else score, 0.04 * count)
+        x = x + block.ls2(block.mlp(block.norm2(x).masked_fill(zeroed[..., None], 0.0)))
+        ffn_tokens.append(tokens - zeroed.sum(1).double().mean().item())
+
+    return ReleasedOutput(model.forward_head(model.norm(x)), attention_tokens, ffn_tokens)
+
+
+def _scored_attention(attn: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, count, _ = tokens.shape
+    q, k, v = (
+        part.reshape(batch, count, attn.num_heads, attn.head_dim).transpose(1, 2)
+        for part in attn.qkv(tokens).chunk(3, dim=-1)
+    )
+    weights = torch.softmax(attn.q_norm(q) @ attn.k_norm(k).transpose(-1, -2) * attn.scale, dim=-1)
+    mixed = (weights @ v).transpose(1, 2).reshape(batch, count, -1)
+    return attn.proj(attn.norm(mixed)), weights.amax(dim=2).sum(dim=1)
+
+
+def equivalent_macs(model: Any, attention_tokens: list[float], ffn_tokens: list[float]) -> float:
+    """Multiply-accumulates of one image if a zeroed token were truly absent from that half of the block."""
+    embedding = model.patch_embed.proj
+    total = float(model.patch_embed.num_patches * embedding.weight.numel())
+    for block, attended, fed in zip(model.blocks, attention_tokens, ffn_tokens, strict=True):
+        projections = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
+        total += attended * projections + 2 * attended**2 * block.attn.attn_dim
+        total += fed * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+    head = getattr(model.head, "weight", None)
+    return total + (0 if head is None else head.numel())
