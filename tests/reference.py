@@ -11,12 +11,15 @@ is silent:
   that attention, and leave before the same block's MLP.
 - Heads are chosen per image by the cumulative sum of their evidence over all surviving tokens, prefix
   included. A head not kept is masked before the projection of the same block, and stays out: in later
-  blocks it gives no output and no evidence.
+  blocks it gives no output and no evidence. ``head_cascade=False`` is the weaker reading: the mask is drawn
+  anew in every block from the cumulative scores of all heads, all of which go on giving evidence.
+- Heads given by index, the same for every image, are absent from their block: no output, no evidence.
 - The classifier head pools the survivors only.
 
 ``released_oracle`` is what the authors' released code does (see its docstring).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +42,21 @@ def embed(model: Any, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def paper_oracle(
-    model: Any, images: torch.Tensor, keep: list[int], heads_keep: list[int] | None = None
+    model: Any,
+    images: torch.Tensor,
+    keep: Sequence[int],
+    heads_keep: Sequence[int] | None = None,
+    *,
+    head_cascade: bool = True,
+    heads_given: Sequence[Sequence[int]] | None = None,
 ) -> PaperOutput:
-    """Run the paper's method; ``keep[l]`` patches survive block l, ``heads_keep[l]`` heads block l."""
-    model = model.double().eval()
-    images = images.double()
-    per_image = [_one_image(model, image[None], keep, heads_keep) for image in images]
+    """Run the paper's method on a float64 model.
+
+    ``keep[l]`` patches survive block l. ``heads_keep[l]`` heads survive block l's mask, chosen per image;
+    ``heads_given[l]`` are the only heads block l has, for every image.
+    """
+    options = (keep, heads_keep, head_cascade, heads_given)
+    per_image = [_one_image(model, image[None], *options) for image in images]
 
     def stacked(field: str) -> list[torch.Tensor]:
         return [torch.stack([out[field][block] for out in per_image]) for block in range(len(keep))]
@@ -59,7 +71,12 @@ def paper_oracle(
 
 
 def _one_image(
-    model: Any, image: torch.Tensor, keep: list[int], heads_keep: list[int] | None
+    model: Any,
+    image: torch.Tensor,
+    keep: Sequence[int],
+    heads_keep: Sequence[int] | None,
+    head_cascade: bool,
+    heads_given: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
     x = embed(model, image)[0]  # [tokens, dim]
     prefix = model.num_prefix_tokens
@@ -74,10 +91,15 @@ def _one_image(
         alive = list(range(prefix)) + patches
         attended = block.norm1(x)
         attention = _attention(block.attn, attended, alive)  # [heads, tokens, tokens]
+        rows = attention.tolist()
+        if heads_given is not None:
+            heads = list(heads_given[index])
+        elif not head_cascade:
+            heads = list(range(number_of_heads))
 
         for head in heads:
             for key in alive:
-                evidence = max(attention[head, query, key].item() for query in alive)
+                evidence = max(rows[head][query][key] for query in alive)
                 patch_score[key] += evidence
                 head_score[head] += evidence
         record["scores"].append(

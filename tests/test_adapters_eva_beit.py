@@ -403,6 +403,20 @@ def test_a_mask_over_patches_is_refused() -> None:
         model(images_for(model), attn_mask=torch.ones(2, 1, 25, 25, dtype=torch.bool))
 
 
+def test_random_patch_dropout_is_refused() -> None:
+    for model in (
+        eva.Eva(**SIZES, patch_drop_rate=0.5),
+        vision_transformer.VisionTransformer(**SIZES, patch_drop_rate=0.5),
+    ):
+        images = images_for(model)
+        prune_(model, PruneConfig(keep_rate=0.5))
+        assert model.eval()(images).shape == (2, 5)
+        with pytest.raises(PruningBypassError, match=r"random patches while it trains.*patch_drop.prob = 0"):
+            model.train()(images)
+        model.patch_drop.prob = 0
+        assert model(images).shape == (2, 5)
+
+
 class _OwnAttention(eva.EvaAttention):
     """Somebody's own attention: what it does is not known."""
 

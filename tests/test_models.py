@@ -90,3 +90,26 @@ def test_model_without_fixed_image_size() -> None:
 def test_negative_classes() -> None:
     with pytest.raises(ValueError, match=r"num_classes is -1; give 0 \(no head\) or more"):
         create_model("vit_tiny_patch16_224", num_classes=-1)
+
+
+def test_torchvision_names_have_a_prefix() -> None:
+    model: Any = create_model("torchvision/vit_b_32", num_classes=7, image_size=64)
+    assert not model.training
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        (
+            "torchvision/vit_b_17",
+            None,
+            r"unknown model 'torchvision/vit_b_17'; torchvision has vit_b_16, vit_b_32",
+        ),
+        ("torchvision/resnet18", None, r"unknown model 'torchvision/resnet18'"),
+        ("torchvision/vit_b_16", (32, 48), r"takes square images only, got image_size=32x48"),
+    ],
+)
+def test_torchvision_names_and_sizes_are_checked(name: str, size: tuple[int, int] | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        create_model(name, image_size=size)

@@ -5,6 +5,7 @@ from cpvit.calibrate import Calibration, calibrate
 from cpvit.cascade import PruningBypassError
 from cpvit.plan import Plan, PruneConfig
 from cpvit.prune import Trace, plan_of, prune_, record, unprune_
+from cpvit.saving import load_pruned, save_pruned
 from cpvit.verify import VerificationError, verify
 
 __version__ = "0.1.0"
@@ -18,9 +19,11 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "calibrate",
+    "load_pruned",
     "plan_of",
     "prune_",
     "record",
+    "save_pruned",
     "unprune_",
     "verify",
 ]

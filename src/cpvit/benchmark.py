@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +98,7 @@ def benchmark(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     unprune_(model)
+    was_training = model.training
     model.eval()
     pruned = copy.deepcopy(model)
     plan = prune_(pruned, config, calibration=calibration)
@@ -108,6 +109,7 @@ def benchmark(
     )
     speedup = dense_side.latency_ms.median / pruned_side.latency_ms.median
     ratio = pruned_side.macs / dense_side.macs
+    model.train(was_training)
     return BenchmarkResult(
         model=plan.model,
         dense=dense_side,
@@ -214,4 +216,7 @@ def process_peak_mib(device: torch.device) -> float:
     """Most memory this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB

@@ -56,6 +56,12 @@ class Cascade:
     checkpointing: bool = False
     watchers: list[Watcher] = field(default_factory=list)
 
+    @property
+    def pools_departed(self) -> bool:
+        """Whether the head would read patches that have left, at the value they had then."""
+        leave = self.steps[-1].keep < self.host.num_patches
+        return self.dense_features and leave and self.host.pools_patches and not self.method.merges
+
     def start(self) -> list[_Step]:
         """One-shot steps of one forward pass."""
         if getattr(self.host.model, "grad_checkpointing", False) and torch.is_grad_enabled():
@@ -159,6 +165,8 @@ class CascadeContainer:
     original: tuple[nn.Module]
     plan: Plan | None = None
     cut_heads: tuple[SlicedHeads, ...] = ()
+    heads_lost: bool = False
+    """Whether heads were cut whose weights are nowhere any more: the model was loaded without them."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.cascade.start())
@@ -199,7 +207,9 @@ def install(host: Host, cascade: Cascade) -> CascadeContainer:
     container.train(original.training)
     setattr(host.parent, host.attribute, container)
     for name in host.forbidden:
-        vars(host.model)[name] = _Forbidden(name)
+        vars(host.model)[name] = _Forbidden(_WALKS.format(name))
+    if cascade.pools_departed:
+        vars(host.model)[host.head] = _Forbidden(_POOLS.format(host.head))
     for number, block in enumerate(host.blocks):
         block.module.register_forward_pre_hook(_Guard(number))
     return container
@@ -216,7 +226,7 @@ def uninstall(host: Host) -> None:
     """Undo :func:`install`."""
     container = getattr(host.parent, host.attribute)
     setattr(host.parent, host.attribute, container.original[0])
-    for name in host.forbidden:
+    for name in (*host.forbidden, host.head):
         vars(host.model).pop(name, None)
     for block in host.blocks:
         hooks = block.module._forward_pre_hooks
@@ -258,22 +268,30 @@ def make_steps(
             score=method.evidence != "none" and (number in scored or masks[number] is not None),
             pruned=old < num_patches,
             mask_heads=masks[number],
+            depth=number / len(patches),
         )
         for number, (old, keep) in enumerate(zip(before, patches, strict=True))
     )
 
 
-class _Forbidden:
-    """Stands in for a host method that would walk the blocks by itself."""
+_WALKS = (
+    "{} would run the blocks without pruning; call unprune_(model) first, or use forward_features of a model "
+    "pruned with dense_features=True"
+)
+_POOLS = (
+    "{} would pool the patches that have left together with the others, since the model was pruned with "
+    "dense_features=True; call forward_features, or prune it without dense_features to classify"
+)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class _Forbidden:
+    """Stands in for a host method that would walk the blocks by itself, or pool patches that have left."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise PruningBypassError(
-            f"{self.name} would run the blocks without pruning; call unprune_(model) first, or use "
-            "forward_features of a model pruned with dense_features=True"
-        )
+        raise PruningBypassError(self.reason)
 
 
 class _Guard:
@@ -285,5 +303,6 @@ class _Guard:
     def __call__(self, module: nn.Module, args: object) -> NoReturn:
         raise PruningBypassError(
             f"block {self.number} ({type(module).__name__}) of a pruned model was called directly and would run "
-            "without pruning; call the whole model, or unprune_(model) first"
+            "without pruning; call the whole model, or unprune_(model) first; if the model's own gradient "
+            "checkpointing did it, switch that off and use prune_(..., checkpointing=True)"
         )

@@ -17,13 +17,16 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
-    from cpvit.commands import benchmark, demo, eval, models, verify
+    from cpvit.commands import benchmark, demo, eval, models, plan, support, sweep, verify
 
     return {
         "eval": eval.run,
         "benchmark": benchmark.run,
+        "plan": plan.run,
+        "sweep": sweep.run,
         "verify": verify.run,
         "models": models.run,
+        "support": support.run,
         "demo": demo.run,
     }
 

@@ -75,6 +75,8 @@ class BlockStep(NamedTuple):
     """Whether patches have left before this block (positions then matter to the host)."""
     mask_heads: int | None = None
     """Heads kept per image by a mask (research mode: costs the same time); None for all."""
+    depth: float = 0.0
+    """Share of the blocks that come before this one."""
 
 
 class Method(Protocol):
@@ -86,16 +88,26 @@ class Method(Protocol):
     cumulative: bool
     """Whether blocks before a removal are scored too."""
     merges: bool
-    """Whether patches are merged (tokens then carry a size) rather than removed."""
+    """Whether patches that leave are carried by a token that stays, rather than lost."""
+    halves: bool
+    """Whether at most half of the patches can leave one block."""
+    schedule: str
+    """Spread over depth where none is asked for; "auto" is layer-aware with images, else the linear ramp."""
+    proportional: bool
+    """Whether a token that stands for several patches weighs as many in the attention."""
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
         """Account for one block's evidence [B H N]."""
         ...
 
     def reduce(
-        self, x: Tensor, state: TokenState, inputs: AttentionInputs, keep: int, num_prefix: int
+        self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
-        """x [B P+n C] -> [B P+keep C]."""
+        """x [B P+n C] -> [B P+step.keep C]."""
+        ...
+
+    def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
+        """What ``reduce`` multiplies to get from ``patches`` to ``keep``, for one image."""
         ...
 
 
@@ -106,6 +118,9 @@ class CPViT:
     evidence: EvidenceKind = "max"
     cumulative = True
     merges = False
+    halves = False
+    schedule = "auto"
+    proportional = False
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
         """C^l = C^(l-1) + S^l."""
@@ -113,11 +128,15 @@ class CPViT:
         return state._replace(score=score if state.score is None else state.score + score)
 
     def reduce(
-        self, x: Tensor, state: TokenState, inputs: AttentionInputs, keep: int, num_prefix: int
+        self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
-        """Keep the ``keep`` patches with the highest cumulative score."""
+        """Keep the ``step.keep`` patches with the highest cumulative score."""
         assert state.score is not None, "a block must be scored before patches can leave it"
-        return remove(x, state, highest(state.score, keep), num_prefix)
+        return remove(x, state, highest(state.score, step.keep), num_prefix)
+
+    def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
+        """Removing multiplies nothing."""
+        return 0
 
 
 def patch_score(evidence: Tensor, num_prefix: int) -> Tensor:
@@ -183,10 +202,19 @@ def initial_state(x: Tensor, num_prefix: int, *, track_carrier: bool, keep_depar
     )
 
 
-def mask_lowest_heads(out: Tensor, score: Tensor, keep: int) -> Tensor:
-    """Zero, per image, all but the ``keep`` heads of highest score: out [B H N D], score [B H]."""
-    mask = torch.zeros_like(score).scatter(1, score.topk(keep, dim=1).indices, 1.0)
-    return out * mask.to(out.dtype)[:, :, None, None]
+def drop_lowest_heads(score: Tensor, keep: int) -> Tensor:
+    """Score [B H] with all but the ``keep`` highest heads at -inf, from where no later block brings them back."""
+    lowest = torch.full_like(score, float("-inf"))
+    index = score.topk(keep, dim=1).indices
+    return lowest.scatter(1, index, score.gather(1, index))
+
+
+def only_alive(values: Tensor, head_score: Tensor | None) -> Tensor:
+    """Zero what the masked heads of each image give: values [B H ...], head_score [B H]."""
+    if head_score is None:
+        return values
+    alive = torch.isfinite(head_score).to(values.dtype)
+    return values * alive.reshape(*alive.shape, *[1] * (values.dim() - 2))
 
 
 def token_sizes(state: TokenState, num_prefix: int) -> Tensor | None:
@@ -225,7 +253,7 @@ def run_block(
     inputs = view.attention_inputs(x, state.positions if step.pruned else None, extra)
     attended = attend(
         inputs,
-        sizes=token_sizes(state, num_prefix),
+        sizes=token_sizes(state, num_prefix) if method.proportional else None,
         evidence=method.evidence if step.score else "none",
         num_prefix=num_prefix,
         watch=watch,
@@ -233,21 +261,23 @@ def run_block(
     state, out = _account(method, step, state, attended.out, attended.evidence, num_prefix)
     x = view.attention_residual(x, inputs, out)
     if step.keep < state.positions.shape[1]:
-        x, state = method.reduce(x, state, inputs, step.keep, num_prefix)
+        x, state = method.reduce(x, state, inputs, step, num_prefix)
     return view.mlp_residual(x), state, attended.probs
 
 
 def _account(
     method: Method, step: BlockStep, state: TokenState, out: Tensor, evidence: Tensor | None, num_prefix: int
 ) -> tuple[TokenState, Tensor]:
-    """Accumulate the scores of one block; in the research mode also mask its lowest heads."""
+    """Accumulate the scores of one block; in the research mode also mask its lowest heads, for good."""
     if evidence is None:
         return state, out
+    evidence = only_alive(evidence, state.head_score)
     state = method.observe(state, evidence, num_prefix)
     if step.mask_heads is None:
         return state, out
     total = head_score(evidence) if state.head_score is None else state.head_score + head_score(evidence)
-    return state._replace(head_score=total), mask_lowest_heads(out, total, step.mask_heads)
+    left = drop_lowest_heads(total, step.mask_heads)
+    return state._replace(head_score=left), only_alive(out, left)
 
 
 def full_grid(x: Tensor, state: TokenState, num_prefix: int) -> Tensor:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpvit.adapters import open_host
 from cpvit.calibrate import Calibration
 from cpvit.data import Batches
 from cpvit.environment import Environment, describe_environment
 from cpvit.macs import count_macs
+from cpvit.metrics import Predictions, agreement, kl_divergence
 from cpvit.plan import Plan, PruneConfig
 from cpvit.prune import prune_, unprune_
 
@@ -23,22 +24,6 @@ Progress = Callable[[Iterable[object], str, int], Iterable[object]]
 def no_progress(items: Iterable[object], title: str, total: int) -> Iterable[object]:
     """Show nothing."""
     return items
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says about a set of images."""
-
-    log_probs: Tensor
-    """[B classes], float32."""
-    labels: Tensor
-    """[B]."""
-
-    def top(self, k: int) -> float:
-        """Percent of images whose label is among the k likeliest classes."""
-        k = min(k, self.log_probs.shape[1])
-        hits = (self.log_probs.topk(k, dim=1).indices == self.labels[:, None]).any(dim=1)
-        return 100 * hits.double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -130,7 +115,7 @@ def evaluate(
         macs_ratio=pruned_result.macs / dense_result.macs,
         agreement=agreement(dense, pruned),
         kl=kl_divergence(dense, pruned),
-        images=len(dense.labels),
+        images=len(dense.log_probs),
         images_skipped=len(batches.skipped),
         skipped=tuple(batches.skipped),
         plan=plan,
@@ -162,18 +147,6 @@ def predict(
         labels.append(batch.labels)  # type: ignore[attr-defined]
     model.train(was_training)
     return Predictions(torch.cat(log_probs), torch.cat(labels))
-
-
-def agreement(dense: Predictions, pruned: Predictions) -> float:
-    """Share of the images with the same likeliest class."""
-    same = dense.log_probs.argmax(dim=1) == pruned.log_probs.argmax(dim=1)
-    return same.double().mean().item()
-
-
-def kl_divergence(dense: Predictions, pruned: Predictions) -> float:
-    """Mean over images of KL(dense || pruned), in nats."""
-    expected, got = dense.log_probs.double(), pruned.log_probs.double()
-    return (expected.exp() * (expected - got)).sum(dim=1).mean().item()
 
 
 def count_params(model: nn.Module) -> int:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpvit.adapters import BlockCosts, Host, open_host
+from cpvit.adapters import BlockCosts, Host, HostBlock, open_host
+from cpvit.cascade import make_steps
+from cpvit.core import BlockStep, CPViT, Method
 
 
 def count_macs(model: nn.Module) -> int:
@@ -50,21 +51,31 @@ class CostModel:
     """Patch embedding, pooling and classifier: what pruning does not touch."""
     num_prefix: int
     num_patches: int
+    embed_dim: int
+    head_dim: int
+    method: Method
     pool_token: int = 0
     """What the head saves for each patch that does not reach it (attention pooling)."""
 
     def total(self, patches: Sequence[int]) -> int:
-        """MACs when ``patches[l]`` patches leave block l."""
+        """MACs when ``patches[l]`` patches leave block l, scoring and matching included."""
+        steps = make_steps(self.method, patches, self.num_patches)
         before = (self.num_patches, *patches[:-1])
         gone = self.num_patches - patches[-1]
         return (
             self.outside
             - self.pool_token * gone
-            + sum(
-                block.macs(self.num_prefix + entering, self.num_prefix + leaving)
-                for block, entering, leaving in zip(self.blocks, before, patches, strict=True)
-            )
+            + sum(self._block(*each) for each in zip(self.blocks, before, steps, strict=True))
         )
+
+    def _block(self, block: BlockCosts, entering: int, step: BlockStep) -> int:
+        tokens = self.num_prefix + entering
+        total = block.macs(tokens, self.num_prefix + step.keep)
+        if step.score and self.method.evidence == "class" and self.num_prefix:
+            total += block.pair // 2 * tokens  # one query row
+        if step.keep < entering:
+            total += self.method.matching_macs(entering, step.keep, self.embed_dim, self.head_dim)
+        return total
 
     @property
     def dense(self) -> int:
@@ -72,23 +83,32 @@ class CostModel:
         return self.total([self.num_patches] * len(self.blocks))
 
 
-def cost_model(host: Host, heads: Sequence[int] | None = None, *, merges: bool = False) -> CostModel:
+def cost_model(host: Host, heads: Sequence[int] | None = None, *, method: Method | None = None) -> CostModel:
     """The formula for an untouched model, optionally with fewer heads per block.
 
     A method that merges spreads its tokens out again for a head that reads patches, which then saves nothing.
     What lies outside the blocks is the counted total less the formula's blocks.
     """
+    method = CPViT() if method is None else method
     dense = [block.costs() for block in host.blocks]
     inside = sum(cost.macs(host.num_tokens, host.num_tokens) for cost in dense)
     outside = count_macs(host.model) - inside
     if outside < 0:
         raise RuntimeError(f"the cost formula of {host.name} exceeds torch's count by {-outside} MACs")
     scaled = dense if heads is None else [_with_heads(*pair) for pair in zip(host.blocks, heads, strict=True)]
-    pool_token = 0 if merges else host.pool_token_macs
-    return CostModel(tuple(scaled), outside, host.num_prefix, host.num_patches, pool_token)
+    return CostModel(
+        blocks=tuple(scaled),
+        outside=outside,
+        num_prefix=host.num_prefix,
+        num_patches=host.num_patches,
+        embed_dim=host.embed_dim,
+        head_dim=dense[0].pair // 2 // host.blocks[0].num_heads,
+        method=method,
+        pool_token=0 if method.merges else host.pool_token_macs,
+    )
 
 
-def _with_heads(block: Any, heads: int) -> BlockCosts:
+def _with_heads(block: HostBlock, heads: int) -> BlockCosts:
     cost = block.costs()
     return cost._replace(
         attention_token=cost.attention_token * heads // block.num_heads,

@@ -20,6 +20,7 @@ SEED_MODELS: Mapping[str, str] = MappingProxyType(
 """Names of the original CP-ViT code and the timm architecture each one is (LayerNorm eps 1e-6, qkv bias)."""
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_TORCHVISION_PREFIX = "torchvision/"
 
 
 def create_model(
@@ -32,8 +33,9 @@ def create_model(
     """Create a model in eval mode: images [B 3 H W] -> logits [B num_classes].
 
     Args:
-        name: A timm name (``deit_tiny_patch16_224``, ``vit_base_patch16_224.augreg_in21k``, ``hf-hub:...``)
-            or a key of :data:`SEED_MODELS`.
+        name: A timm name (``deit_tiny_patch16_224``, ``vit_base_patch16_224.augreg_in21k``, ``hf-hub:...``),
+            a key of :data:`SEED_MODELS`, or torchvision's name behind ``torchvision/``
+            (``torchvision/vit_b_16``).
         num_classes: Size of the classification head. None takes timm's choice for that name, which is no head
             at all for names whose weights have none (``ViT-L_32`` and ``ViT-H_14`` among them).
         image_size: Side of the input, or (height, width); None takes the model's own. Must be a multiple of
@@ -52,6 +54,8 @@ def create_model(
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes is {num_classes}; give 0 (no head) or more")
     size = _checked_size(image_size)
+    if name.startswith(_TORCHVISION_PREFIX):
+        return _create_torchvision(name, num_classes, size, pretrained)
     timm_name = resolve_model_name(name)
     options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None:
@@ -65,6 +69,24 @@ def create_model(
             f"{name} has no fixed image size, got image_size={image_size}; leave it out"
         ) from error
     _check_patches_fit(model, name, size)
+    return model.eval()
+
+
+def _create_torchvision(
+    name: str, num_classes: int | None, size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(include="vit_*")
+    own_name = name.removeprefix(_TORCHVISION_PREFIX)
+    if own_name not in known:
+        raise ValueError(f"unknown model {name!r}; torchvision has {', '.join(known)}")
+    if size is not None and size[0] != size[1]:
+        raise ValueError(f"{name} takes square images only, got image_size={size[0]}x{size[1]}")
+    options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
+    if size is not None:
+        options["image_size"] = size[0]
+    model: nn.Module = models.get_model(own_name, weights="DEFAULT" if pretrained else None, **options)
     return model.eval()
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-ScheduleName: TypeAlias = Literal["auto", "linear-ramp", "layer-aware", "constant"]
+ScheduleName: TypeAlias = Literal[
+    "auto", "linear-ramp", "layer-aware", "constant", "constant-fraction", "stages"
+]
 HeadMode: TypeAlias = Literal["slice", "mask"]
 
 DEFAULT_KEEP_RATE = 0.5
@@ -35,7 +37,8 @@ class PruneConfig:
     head_mode: HeadMode = "slice"
     """"slice" cuts the weights; "mask" chooses per image (research: saves no time)."""
     schedule: ScheduleName = "auto"
-    """Spread over depth; "auto" is layer-aware with calibration images, else the linear ramp."""
+    """Spread over depth; "auto" is the method's own: for cpvit layer-aware with calibration images, else the
+    linear ramp; for the others that of their publication."""
 
     def __post_init__(self) -> None:
         dials = [name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None]
@@ -54,7 +57,11 @@ class PruneConfig:
 
 
 def _check_fraction(name: str, value: float | None) -> None:
-    if value is not None and not 0 < value <= 1:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value <= 1:
         raise ValueError(f"{name} must be a fraction above 0 and at most 1, got {value}")
 
 
@@ -72,7 +79,11 @@ def _check_per_block(keep: tuple[float, ...]) -> None:
         raise ValueError(f"keep_per_block mixes numbers of patches (int) and fractions (float): {keep}")
     if any(later > earlier for earlier, later in itertools.pairwise(keep)):
         raise ValueError(f"keep_per_block must never rise (a patch that left cannot come back), got {keep}")
-    if min(keep) <= 0 or (isinstance(keep[0], float) and max(keep) > 1):
+    if (
+        any(value != value for value in keep)
+        or min(keep) <= 0
+        or (isinstance(keep[0], float) and max(keep) > 1)
+    ):
         raise ValueError(
             f"keep_per_block must hold fractions in (0, 1] or numbers of patches >= 1, got {keep}"
         )
@@ -147,6 +158,8 @@ class Plan:
 def _checked_fields(values: object) -> dict[str, Any]:
     if not isinstance(values, dict) or "patches_per_block" not in values:
         raise ValueError("not a plan: expected an object with patches_per_block, as written by Plan.save")
+    if not isinstance(values.get("version", 0), int):
+        raise ValueError(f"version of a plan must be a whole number, got {values['version']!r}")
     if values.get("version", 0) > PLAN_VERSION:
         raise ValueError(
             f"plan version {values['version']} is newer than this cpvit reads ({PLAN_VERSION}); upgrade"
@@ -157,7 +170,19 @@ def _checked_fields(values: object) -> dict[str, Any]:
         raise ValueError(f"unknown fields in the plan: {', '.join(sorted(unknown))}")
     if missing := required - set(values):
         raise ValueError(f"missing fields in the plan: {', '.join(sorted(missing))}")
-    return {name: _tuples(value) for name, value in values.items()}
+    found: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
+    for name in ("patches_per_block", "num_heads", "mask_heads"):
+        _check_counts(name, found.get(name))
+    for kept in found.get("heads") or ():
+        _check_counts("heads", kept)
+    return found
+
+
+def _check_counts(name: str, value: object) -> None:
+    if value is None and name in ("mask_heads", "heads"):
+        return
+    if not isinstance(value, tuple) or any(type(count) is not int for count in value):
+        raise ValueError(f"{name} of a plan must be a list of whole numbers, got {value!r}")
 
 
 def _tuples(value: object) -> object:

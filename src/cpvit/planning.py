@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cpvit.adapters import Host
 from cpvit.calibrate import Calibration
+from cpvit.core import Method
 from cpvit.heads import choose_heads
 from cpvit.macs import CostModel, cost_model
 from cpvit.methods import method_named
 from cpvit.plan import DEFAULT_KEEP_RATE, Plan, PruneConfig
-from cpvit.schedule import constant, for_keep_rate, for_macs, kept, layer_aware, linear_ramp
+from cpvit.schedule import (
+    constant,
+    constant_fraction,
+    halved_at_most,
+    kept,
+    layer_aware,
+    linear_ramp,
+    solve_last,
+    solve_macs,
+    stages,
+)
 
 
 def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None = None) -> Plan:
@@ -19,12 +30,13 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
     Raises:
         ValueError: Wrong length, an unreachable budget, or calibration needed and not given.
     """
-    merges = method_named(config.method).merges
-    name, shape = _shape(host, config, calibration)
+    method = method_named(config.method)
+    name = _schedule_name(config, method, calibration)
+    shape = _shape(host, name, calibration)
     heads, masks = _heads(host, config, shape, calibration)
-    dense = cost_model(host, merges=merges)
-    costs = dense if heads is None else cost_model(host, [len(left) for left in heads], merges=merges)
-    patches = _patches(host, config, shape, costs, dense.dense)
+    dense = cost_model(host, method=method)
+    costs = dense if heads is None else cost_model(host, [len(left) for left in heads], method=method)
+    patches = _patches(host, config, name, shape, costs, dense.dense)
     return Plan(
         model=host.name,
         method=config.method,
@@ -34,39 +46,60 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
         num_heads=tuple(block.num_heads for block in host.blocks),
         heads=heads,
         mask_heads=masks,
-        schedule=name,
+        schedule=name if config.keep_per_block is None else "explicit",
         dial=_dial(config),
         macs_ratio=round(costs.total(patches) / dense.dense, 6),
         calibration_images=calibration.images if calibration else 0,
     )
 
 
-def _shape(host: Host, config: PruneConfig, calibration: Calibration | None) -> tuple[str, tuple[float, ...]]:
-    """Name and shape of the spread over depth."""
-    name: str = config.schedule
+def _schedule_name(config: PruneConfig, method: Method, calibration: Calibration | None) -> str:
+    """What "auto" stands for."""
+    name = method.schedule if config.schedule == "auto" else config.schedule
     if name == "auto":
-        name = "layer-aware" if calibration else "linear-ramp"
+        return "layer-aware" if calibration else "linear-ramp"
+    return name
+
+
+def _shape(host: Host, name: str, calibration: Calibration | None) -> tuple[float, ...]:
+    """Shape of a schedule that has one; the linear ramp (for the heads) of one that has not."""
     if name == "layer-aware":
         if calibration is None:
             raise ValueError(
                 "schedule='layer-aware' measures the attention range on images; give calibration images, or use "
                 "schedule='linear-ramp', which needs none"
             )
-        shape = layer_aware(calibration.attention_range)
-    else:
-        shape = constant(host.depth) if name == "constant" else linear_ramp(host.depth)
-    return ("explicit" if config.keep_per_block is not None else name), shape
+        return layer_aware(calibration.attention_range)
+    return constant(host.depth) if name == "constant" else linear_ramp(host.depth)
 
 
 def _patches(
-    host: Host, config: PruneConfig, shape: Sequence[float], costs: CostModel, dense: int
+    host: Host, config: PruneConfig, name: str, shape: Sequence[float], costs: CostModel, dense: int
 ) -> tuple[int, ...]:
     if config.keep_per_block is not None:
         return _explicit(host, config.keep_per_block)
+    counts = _family(host, name, shape, costs.method)
     if config.macs is not None:
-        return for_macs(costs, shape, config.macs, dense=dense)
+        return solve_macs(costs, counts, config.macs * dense, dense)
     keep_rate = DEFAULT_KEEP_RATE if config.keep_rate is None else config.keep_rate
-    return for_keep_rate(host.num_patches, shape, keep_rate)
+    return solve_last(counts, max(1, round(keep_rate * host.num_patches)))
+
+
+def _family(
+    host: Host, name: str, shape: Sequence[float], method: Method
+) -> Callable[[float], tuple[int, ...]]:
+    """Schedules of one kind, by strength."""
+
+    def counts(strength: float) -> tuple[int, ...]:
+        if name == "constant-fraction":
+            found = constant_fraction(host.num_patches, host.depth, strength)
+        elif name == "stages":
+            found = stages(host.num_patches, host.depth, strength)
+        else:
+            found = kept(host.num_patches, shape, strength)
+        return halved_at_most(found, host.num_patches) if method.halves else found
+
+    return counts
 
 
 def _explicit(host: Host, keep: Sequence[float]) -> tuple[int, ...]:

@@ -48,7 +48,9 @@ def prune_(
             half of the patches left at the end.
         calibration: Unlabelled images [B 3 H W], an iterable of such batches, or what ``calibrate`` returned.
             With it the schedule is layer-aware and heads can be cut.
-        dense_features: ``forward_features`` returns every patch in its original place.
+        dense_features: ``forward_features`` returns every patch in its original place: one that was removed with
+            the value it had when it left, one that was merged with that of the token that carries it. Where
+            the head pools patches and the method removes them, such a model gives features only.
         checkpointing: Recompute each block in the backward pass to save memory while training.
         verify: First check that, with everything kept, the output equals the untouched model's.
 
@@ -64,27 +66,59 @@ def prune_(
         >>> model = timm.create_model("deit_small_patch16_224", pretrained=True)
         >>> prune_(model, PruneConfig(macs=0.6))
     """
-    unprune_(model)
-    if verify:
-        check(model)
-    if isinstance(calibration, Tensor) or (
-        calibration is not None and not isinstance(calibration, Calibration)
-    ):
-        calibration = calibrate(model, calibration)
     host = open_host(model)
-    config = PruneConfig() if config is None else config
-    plan = config if isinstance(config, Plan) else make_plan(host, config, calibration)
-    check_plan(plan, host)
-    _apply(host, plan, dense_features=dense_features, checkpointing=checkpointing)
+    before = installed(host)
+    unprune_(model)
+    try:
+        plan = _resolve(model, host, PruneConfig() if config is None else config, calibration, verify=verify)
+        _apply(host, plan, dense_features=dense_features, checkpointing=checkpointing)
+    except BaseException:
+        _reinstate(host, before)
+        raise
     return plan
 
 
+def _resolve(
+    model: nn.Module,
+    host: Host,
+    config: PruneConfig | Plan,
+    calibration: Tensor | Iterable[Tensor] | Calibration | None,
+    *,
+    verify: bool,
+) -> Plan:
+    """The plan to apply, checked against an untouched model."""
+    if verify:
+        check(model)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = calibrate(model, calibration)
+    plan = config if isinstance(config, Plan) else make_plan(host, config, calibration)
+    check_plan(plan, host)
+    return plan
+
+
+def _reinstate(host: Host, before: CascadeContainer | None) -> None:
+    """Put the pruning back that was in force before a new one turned out not to fit."""
+    if before is None or before.plan is None:
+        return
+    cascade = before.cascade
+    _apply(host, before.plan, dense_features=cascade.dense_features, checkpointing=cascade.checkpointing)
+
+
 def unprune_(model: nn.Module) -> None:
-    """Restore the untouched model, bit for bit; nothing happens if it is not pruned."""
+    """Restore the untouched model, bit for bit; nothing happens if it is not pruned.
+
+    Raises:
+        ValueError: The model was loaded with heads cut: what they were is not in the file.
+    """
     host = open_host(model)
     container = installed(host)
     if container is None:
         return
+    if container.heads_lost:
+        raise ValueError(
+            f"{host.name} was saved with heads cut, so their weights are lost and it cannot be unpruned or pruned "
+            "anew; start from the weights it was pruned from"
+        )
     uninstall(host)
     for cut in container.cut_heads:
         cut.restore()
@@ -100,6 +134,12 @@ def _apply(host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool)
     method = method_named(plan.method)
     steps = make_steps(method, plan.patches_per_block, plan.num_patches, plan.mask_heads)
     cascade = Cascade(host, method, steps, dense_features=dense_features, checkpointing=checkpointing)
+    if cascade.pools_departed and not host.head:
+        raise ValueError(
+            f"{host.name} pools its patches before it answers; with dense_features=True it would pool those that "
+            "have left with the others: prune the model below its head (Dinov2Model, SiglipVisionModel with "
+            "vision_use_head=False), or use a method that merges"
+        )
     cut = _cut_heads(host, plan)
     container = install(host, cascade)
     container.plan = plan
@@ -123,6 +163,9 @@ def check_plan(plan: Plan, host: Host) -> None:
         raise ValueError(
             f"the plan was made for {plan.model} and the model is {host.name}; make a plan for it"
         )
+    for what, entries in (("lists of heads", plan.heads), ("mask_heads", plan.mask_heads)):
+        if entries is not None:
+            _expect(plan, what, len(entries), host.depth, host)
     _check_counts(plan)
 
 
@@ -139,6 +182,11 @@ def _check_counts(plan: Plan) -> None:
         raise ValueError(
             f"patches_per_block must never rise, from {counts[0]} down to at least 1, got {counts[1:]}"
         )
+    for block, count in enumerate(plan.mask_heads or ()):
+        if not 1 <= count <= plan.num_heads[block]:
+            raise ValueError(
+                f"mask_heads of block {block} must be within 1..{plan.num_heads[block]}, got {count}"
+            )
     for block, kept in enumerate(plan.heads or ()):
         if (
             not kept

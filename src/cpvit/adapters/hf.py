@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cpvit.adapters.common import join_heads, linear_heads, linear_macs
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
-from cpvit.adapters.timm_common import join_heads, linear_heads, linear_macs
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 

@@ -71,6 +71,14 @@ class HostBlock(BlockView, Protocol):
         ...
 
 
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _never(host: Host, extra: HostArguments) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Host:
     """A model opened for pruning."""
@@ -97,9 +105,11 @@ class Host:
     """Methods of ``model`` that would walk the blocks by themselves and bypass the pruning."""
     positional: tuple[str, ...] = ()
     """Names of the arguments the host passes to its blocks by position, after the tokens."""
-    output: Callable[[Any], Tensor] = lambda result: result
+    head: str = ""
+    """Method of ``model`` that reads the tokens after the blocks, where it is one apart (timm's forward_head)."""
+    output: Callable[[Any], Tensor] = _as_it_is
     """The tensor to compare and classify with, from what ``model(images)`` returns."""
-    blocked: Callable[[Host, HostArguments], str | None] = lambda _host, _extra: None
+    blocked: Callable[[Host, HostArguments], str | None] = _never
     """Why this forward cannot be pruned, from the host's settings and the arguments of its first block; None
     if it can. A function of the host, not a closure over a model: a copied model then asks about itself."""
     architecture: str = ""
@@ -111,6 +121,12 @@ class Host:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of a token: what the last linear layer of a block (the end of its MLP) gives."""
+        linears = [layer for layer in self.blocks[0].module.modules() if isinstance(layer, nn.Linear)]
+        return linears[-1].out_features
 
     @property
     def num_patches(self) -> int:

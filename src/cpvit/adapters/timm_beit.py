@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from timm.models import beit
 from torch import Tensor, nn
 
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
-from cpvit.adapters.timm_common import (
+from cpvit.adapters.common import (
     SHARED_BIAS,
     WALKERS,
     HostModule,
@@ -27,11 +26,13 @@ from cpvit.adapters.timm_common import (
     linear_macs,
     look_up,
     pair_index,
+    pools_patches,
     project_out,
     refuse_masks,
     scaled,
     split_heads,
 )
+from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -151,7 +152,8 @@ def open_timm_beit(model: nn.Module) -> Host | None:
         num_prefix=model.num_prefix_tokens,
         grid=grid_of(model),
         image_shape=image_shape(model),
-        pools_patches=model.global_pool != "token",
+        pools_patches=pools_patches(model),
         forbidden=WALKERS,
+        head="forward_head",
         positional=(SHARED,),
     )

@@ -15,8 +15,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models import eva
 from torch import Tensor, nn
 
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
-from cpvit.adapters.timm_common import (
+from cpvit.adapters.common import (
     WALKERS,
     HostModule,
     bias_heads,
@@ -30,12 +29,15 @@ from cpvit.adapters.timm_common import (
     linear_heads,
     linear_macs,
     pool_token_macs,
+    pools_patches,
     project_out,
+    random_patches,
     refuse_inner_norm,
     refuse_masks,
     scaled,
     split_heads,
 )
+from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -192,8 +194,10 @@ def open_timm_eva(model: nn.Module) -> Host | None:
         num_prefix=model.num_prefix_tokens,
         grid=grid_of(model),
         image_shape=image_shape(model),
-        pools_patches=model.global_pool != "token",
+        pools_patches=pools_patches(model),
         pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
         forbidden=WALKERS,
+        head="forward_head",
+        blocked=random_patches,
         positional=("rope", "attn_mask", "is_causal"),
     )

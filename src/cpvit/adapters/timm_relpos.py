@@ -15,8 +15,7 @@ from timm.layers import RelPosBias, RelPosMlp
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
-from cpvit.adapters.timm_common import (
+from cpvit.adapters.common import (
     SHARED_BIAS,
     WALKERS,
     HostModule,
@@ -28,8 +27,10 @@ from cpvit.adapters.timm_common import (
     linear_macs,
     look_up,
     pair_index,
+    pools_patches,
     refuse_masks,
 )
+from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.adapters.timm_vit import TimmBlock
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
@@ -102,7 +103,8 @@ def open_timm_relpos(model: nn.Module) -> Host | None:
         num_prefix=prefix,
         grid=grid_of(model),
         image_shape=image_shape(model),
-        pools_patches=model.global_pool != "token",
+        pools_patches=pools_patches(model),
         forbidden=WALKERS,
+        head="forward_head",
         positional=(SHARED,),
     )

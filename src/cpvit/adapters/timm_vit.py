@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host
-from cpvit.adapters.timm_common import (
+from cpvit.adapters.common import (
     WALKERS,
     HostModule,
     check_blocks,
@@ -24,11 +23,14 @@ from cpvit.adapters.timm_common import (
     linear_heads,
     linear_macs,
     pool_token_macs,
+    pools_patches,
     project_out,
+    random_patches,
     refuse_inner_norm,
     refuse_masks,
     split_heads,
 )
+from cpvit.adapters.host import BlockCosts, HeadParameter, Host
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -120,7 +122,9 @@ def open_timm_vit(model: nn.Module) -> Host | None:
         num_prefix=model.num_prefix_tokens,
         grid=grid_of(model),
         image_shape=image_shape(model),
-        pools_patches=model.global_pool != "token",
+        pools_patches=pools_patches(model),
         pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
         forbidden=WALKERS,
+        head="forward_head",
+        blocked=random_patches,
     )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
+from cpvit.adapters.common import join_heads, linear_macs, split_heads
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
-from cpvit.adapters.timm_common import join_heads, linear_macs, split_heads
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpvit.benchmark import benchmark
-from cpvit.commands.common import build_calibration, build_model, progress_bar, set_seed, write_record
+from cpvit.commands.common import (
+    build_calibration,
+    build_model,
+    planned,
+    progress_bar,
+    set_seed,
+    write_record,
+)
 from cpvit.commands.options import CalibrationOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import benchmark_text
 from cpvit.plan import PruneConfig
@@ -19,6 +26,7 @@ def run(
     batch_size: int = 32,
     seconds: float = 15.0,
     seed: int = 0,
+    plan: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Time a model dense and pruned, in turn, on random images; random weights are fine.
@@ -27,6 +35,7 @@ def run(
         batch_size: Images per forward.
         seconds: How long to measure, warm-up not counted.
         seed: Of the weights (without a checkpoint) and images.
+        plan: A plan written by ``cpvit plan``, instead of a method and a dial.
         json: Write the record behind what is printed to this file.
     """
     set_seed(seed)
@@ -36,7 +45,7 @@ def run(
         task = bar.add_task("benchmark", total=100)
         result = benchmark(
             network,
-            pruning,
+            planned(pruning, plan),
             batch_size=batch_size,
             calibration=statistics,
             seconds=seconds,

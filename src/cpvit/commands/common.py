@@ -20,6 +20,7 @@ from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions
 from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
 from cpvit.environment import choose_device, choose_dtype
 from cpvit.models import create_model
+from cpvit.plan import Plan, PruneConfig
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
@@ -164,3 +165,35 @@ def write_record(result: object, path: Path | None) -> None:
 def set_seed(seed: int) -> None:
     """Seed torch; everything else takes the seed explicitly."""
     torch.manual_seed(seed)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """A comma-separated list of numbers.
+
+    Raises:
+        ValueError: Something else.
+    """
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError:
+        raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def planned(pruning: PruneConfig, plan: Path | None) -> PruneConfig | Plan:
+    """The plan of a file if one is given, else the configuration.
+
+    Raises:
+        ValueError: Both are given, or the file is not a plan.
+    """
+    if plan is None:
+        return pruning
+    if pruning != PruneConfig():
+        raise ValueError(
+            "--plan holds the method and every count; leave out --method, --macs, --keep-rate and the like"
+        )
+    return Plan.load(plan)

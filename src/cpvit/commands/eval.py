@@ -8,6 +8,7 @@ from cpvit.commands.common import (
     build_batches,
     build_calibration,
     build_model,
+    planned,
     progress,
     set_seed,
     write_record,
@@ -24,11 +25,13 @@ def run(
     pruning: PruneConfig,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
+    plan: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
 
     Args:
+        plan: A plan written by ``cpvit plan``, instead of a method and a dial.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)
@@ -42,6 +45,8 @@ def run(
         seed=data.seed,
         fallback=data if heads_need_images else None,
     )
-    result = evaluate(network, batches, pruning, calibration=statistics, seed=data.seed, progress=progress)
+    result = evaluate(
+        network, batches, planned(pruning, plan), calibration=statistics, seed=data.seed, progress=progress
+    )
     print(eval_text(result))
     write_record(result, json)

@@ -41,6 +41,8 @@ class DataOptions:
     """train, val or test, where the data has several; by default the held-out one."""
     limit: int | None = None
     """Use a random sample of this many images, spread over the classes."""
+    leave_out: int | None = None
+    """Leave out the sample that --limit with this number and the same seed takes: what a plan was made on."""
     skip_bad_images: bool = False
     """Leave unreadable images out, count and name them, instead of stopping."""
     batch_size: int = 64

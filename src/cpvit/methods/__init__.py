@@ -6,8 +6,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cpvit.core import CPViT, Method
+from cpvit.methods.cpvit_merge import CPViTMerge
+from cpvit.methods.pitome import PiToMe
+from cpvit.methods.removal import EViT, Random, TopK
+from cpvit.methods.tome import ToMe
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (CPViT(),)})
+_ALL: tuple[Method, ...] = (
+    CPViT(),
+    CPViTMerge(),
+    ToMe(),
+    PiToMe(),
+    EViT(),
+    TopK("evit-no-fuse"),
+    TopK("topk"),
+    Random(),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
 
 def method_named(name: str) -> Method:

@@ -14,7 +14,7 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpvit.adapters.host import HeadParameter, UnsupportedModelError
+from cpvit.adapters.host import HeadParameter, Host, UnsupportedModelError
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -126,6 +126,11 @@ def refuse_inner_norm(attn: HostModule) -> None:
     )
 
 
+def pools_patches(model: HostModule) -> bool:
+    """Whether the head reads patches; "" is timm's way to say that it hands out every token as it is."""
+    return model.global_pool not in ("", "token")
+
+
 def pool_token_macs(pool: nn.Module | None) -> int:
     """MACs of timm's latent attention pooling per token it reads: keys, values, and their attention."""
     if pool is None:
@@ -142,6 +147,17 @@ def refuse_masks(extra: HostArguments) -> None:
         raise ValueError(
             f"a pruned model cannot take {', '.join(given)}: it speaks of patches that may have left"
         )
+
+
+def random_patches(host: Host, extra: HostArguments) -> str | None:
+    """Why a model that drops random patches while it trains cannot be pruned meanwhile; None if it does not."""
+    dropout = getattr(host.model, "patch_drop", None)
+    if not host.model.training or not getattr(dropout, "prob", 0):
+        return None
+    return (
+        f"{host.name} drops random patches while it trains (patch_drop_rate), before any could be scored; "
+        "set model.patch_drop.prob = 0"
+    )
 
 
 def check_stem(model: HostModule) -> None:

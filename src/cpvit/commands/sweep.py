@@ -1,0 +1,105 @@
+"""``cpvit sweep``: several methods at several budgets in one table, one record and one plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpvit.commands.common import (
+    build_batches,
+    build_calibration,
+    build_model,
+    build_preprocessing,
+    numbers,
+    progress,
+    progress_bar,
+    say,
+    set_seed,
+    words,
+    write_record,
+)
+from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.commands.tables import table
+from cpvit.data import find_samples, make_loader
+from cpvit.sweep import SweepResult, plot_sweep, sweep
+
+
+def run(
+    model: ModelOptions,
+    data: DataOptions,
+    calibration: CalibrationOptions,
+    preprocessing: PreprocessingOptions,
+    methods: str = "cpvit,cpvit-merge,tome,pitome,evit,topk,random",
+    macs: str = "0.9,0.8,0.7,0.6,0.5,0.4",
+    searched: str = "",
+    trials: int = 120,
+    plot: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Evaluate several methods at several MACs budgets on the same images.
+
+    Args:
+        methods: Names, separated by commas.
+        macs: Fractions of the dense MACs, separated by commas.
+        searched: Methods whose schedule is searched for on the calibration images, separated by commas.
+        trials: Schedules to judge in each search.
+        plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
+        json: Write the record behind what is printed to this file.
+    """
+    set_seed(data.seed)
+    if searched and calibration.calibration is None:
+        raise ValueError("--searched needs images that are not evaluated: give --calibration")
+    network = build_model(model, data=data.data)
+    batches = build_batches(network, data, preprocessing)
+    images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
+    with progress_bar() as bar:
+        task = bar.add_task("search", total=trials, visible=False)
+
+        def judged(title: str, count: int, best: float) -> None:
+            bar.update(task, completed=count, visible=count < trials, description=f"{title} KL {best:.3f}")
+
+        result = sweep(
+            network,
+            batches,
+            words(methods),
+            numbers(macs),
+            calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
+            search_images=images,
+            searched=words(searched),
+            trials=trials,
+            seed=data.seed,
+            on_judged=judged,
+            progress=lambda items, title, total: bar.track(items, total=total, description=title),
+        )
+    print(_text(result))
+    if plot is not None:
+        say(f"plot: {plot_sweep(result, plot)}")
+    write_record(result, json)
+
+
+def _search_images(
+    network: Any, calibration: CalibrationOptions, preprocessing: PreprocessingOptions, seed: int
+) -> Any:
+    source = find_samples(calibration.calibration or "").limited(calibration.calibration_limit, seed)
+    loader = make_loader(source, build_preprocessing(network, preprocessing), labels=None, batch_size=32)
+    return torch.cat([batch.images for batch in progress(loader, "images", len(loader))])  # type: ignore[attr-defined]
+
+
+def _text(result: SweepResult) -> str:
+    rows = [
+        [
+            point.method,
+            point.schedule,
+            f"{point.macs_ratio:.4f}",
+            f"{point.top1:.2f}",
+            f"{point.top1_lost:.2f}",
+            f"{point.agreement:.4f}",
+            f"{point.kl:.4f}",
+        ]
+        for point in result.points
+    ]
+    head = f"{result.model}, {result.images} images, dense top-1 {result.dense_top1:.2f}, top-5 {result.dense_top5:.2f}"
+    columns = ["method", "schedule", "MACs", "top-1 %", "lost", "agreement", "KL"]
+    return f"{head}\n{table(columns, rows)}"

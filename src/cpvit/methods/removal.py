@@ -1,0 +1,118 @@
+"""Methods that remove tokens by the score of the current block alone, to compare with.
+
+* EViT: "Not All Patches are What You Need", arXiv 2202.07800 (Liang et al.): keep the patches the class token
+  attends to most (mean over heads); fuse the others into one token, weighted by that attention (Sec. 3.3).
+* Top-K: the same score without the fused token, as in "Which Tokens to Use?", arXiv 2308.04657.
+* Random: the floor any score has to beat.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpvit.attention import AttentionInputs, EvidenceKind
+from cpvit.core import BlockStep, TokenState, highest, patch_score, remove, take
+
+
+class TopK:
+    """Keep the patches with the highest class-token attention (mean attention where there is no class token)."""
+
+    evidence: EvidenceKind = "class"
+    cumulative = False
+    merges = False
+    halves = False
+    schedule = "stages"
+    proportional = False
+
+    def __init__(self, name: str = "topk") -> None:
+        self.name = name
+
+    def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
+        """Only this block's attention counts."""
+        return state._replace(score=patch_score(evidence, num_prefix))
+
+    def reduce(
+        self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
+    ) -> tuple[Tensor, TokenState]:
+        """Keep the ``step.keep`` best."""
+        assert state.score is not None
+        return remove(x, state, highest(state.score, step.keep), num_prefix)
+
+    def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
+        """Removing multiplies nothing."""
+        return 0
+
+
+class EViT(TopK):
+    """Keep one patch fewer, and let one fused token stand for all that leave."""
+
+    merges = True
+
+    def __init__(self) -> None:
+        super().__init__("evit")
+
+    def reduce(
+        self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
+    ) -> tuple[Tensor, TokenState]:
+        """The ``step.keep - 1`` best patches and the fused token: [B P+n C] -> [B P+step.keep C]."""
+        assert state.score is not None
+        order = state.score.argsort(dim=1, descending=True)
+        kept, left = order[:, : step.keep - 1].sort(dim=1).values, order[:, step.keep - 1 :]
+        weight = take(state.score, left)
+        share = (weight / weight.sum(dim=1, keepdim=True)).to(x.dtype)
+        fused = share.unsqueeze(1) @ take(x[:, num_prefix:], left)
+        patches = torch.cat([take(x[:, num_prefix:], kept), fused], dim=1)
+        rows = torch.cat([kept, left[:, :1]], dim=1)
+        return torch.cat([x[:, :num_prefix], patches], dim=1), state._replace(
+            positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept, left)
+        )
+
+    def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
+        """The fused token: a weighted sum of those that leave."""
+        return (patches - keep + 1) * embed_dim
+
+
+def _carriers(state: TokenState, kept: Tensor, left: Tensor) -> Tensor | None:
+    """Patches that left are carried by the fused token, the last of the new ones."""
+    if state.carrier is None:
+        return None
+    places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    row = torch.full_like(state.positions, kept.shape[1]).scatter(1, kept, places)
+    return take(row, state.carrier)
+
+
+class Random:
+    """Remove patches by a fixed random order of their positions, the same for every image."""
+
+    name = "random"
+    evidence: EvidenceKind = "none"
+    cumulative = False
+    merges = False
+    halves = False
+    schedule = "auto"
+    proportional = False
+    seed = 0
+
+    def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
+        """Nothing to account for."""
+        return state
+
+    def reduce(
+        self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
+    ) -> tuple[Tensor, TokenState]:
+        """Keep the ``step.keep`` patches that come first in the random order."""
+        return remove(x, state, highest(scramble(state.positions, self.seed), step.keep), num_prefix)
+
+    def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
+        """Removing multiplies nothing."""
+        return 0
+
+
+def scramble(positions: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for each position that looks random and needs no generator: [B n] -> [B n].
+
+    The fractional part of a large sine: enough to pick patches, and it compiles and exports.
+    """
+    value = torch.sin(positions.double() * 12.9898 + (seed + 1) * 78.233) * 43758.5453
+    return value - value.floor()

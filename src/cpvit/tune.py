@@ -1,0 +1,302 @@
+"""From a budget, or an accuracy to hold, to the plan that does the least damage on calibration images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cpvit.adapters import Host, open_host
+from cpvit.calibrate import Calibration, calibrate
+from cpvit.cascade import Cascade, install, make_steps, uninstall
+from cpvit.files import write_atomically
+from cpvit.macs import cost_model
+from cpvit.methods import method_named
+from cpvit.metrics import Predictions, agreement, kl_divergence
+from cpvit.plan import Plan, PruneConfig
+from cpvit.planning import make_plan
+from cpvit.prune import prune_, unprune_
+from cpvit.schedule import BudgetError, layer_aware
+from cpvit.search import Budget, Counts, SearchResult, search, starting_shapes
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the plan must reach. Give exactly one."""
+
+    macs: float | None = None
+    """Fraction of the dense MACs to spend."""
+    max_drop: float | None = None
+    """Largest top-1 loss allowed on the (labelled) calibration images, in points; MACs are minimised."""
+    min_agreement: float | None = None
+    """Smallest share of calibration images with the dense model's prediction; MACs are minimised."""
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in dataclasses.asdict(self).items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of macs, max_drop and min_agreement, got {' and '.join(given) or 'none'}"
+            )
+        if self.macs is not None and not 0 < self.macs <= 1:
+            raise ValueError(f"macs must be a fraction above 0 and at most 1, got {self.macs}")
+        if self.max_drop is not None and self.max_drop < 0:
+            raise ValueError(f"max_drop is a loss in points and must be at least 0, got {self.max_drop}")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"min_agreement must be a fraction from 0 to 1, got {self.min_agreement}")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A plan and how good it is on the calibration images it was made from."""
+
+    plan: Plan
+    kl: float
+    """Nats, on the calibration images."""
+    agreement: float
+    start_kl: float
+    """Of the best schedule before the search."""
+    judged: int
+    drop: float | None = None
+    """Top-1 lost on the calibration images in points, if they have labels."""
+
+
+class PlanMemory:
+    """Judged schedules on disk, so that an interrupted search can go on."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path = path
+        self.key = key
+        self.known: dict[str, float] = {}
+        if path is not None and path.is_file():
+            self.known = self._read(path)
+
+    def _read(self, path: Path) -> dict[str, float]:
+        try:
+            content = json.loads(path.read_text())
+            return dict(content["known"]) if content["key"] == self.key else {}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path} is not the memory of a search; delete it to start anew") from None
+
+    def remember(self, judge: Callable[[Counts], float]) -> Callable[[Counts], float]:
+        """The same judge, but what is known is not judged again."""
+
+        def remembered(counts: Counts) -> float:
+            name = " ".join(str(count) for count in counts)
+            if name not in self.known:
+                self.known[name] = judge(counts)
+                self._write()
+            return self.known[name]
+
+        return remembered
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write_atomically(self.path, json.dumps({"key": self.key, "known": self.known}))
+
+    def forget(self) -> None:
+        """The search is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor,
+    target: Target,
+    *,
+    method: str = "cpvit-merge",
+    head_keep_rate: float = 1.0,
+    labels: Tensor | None = None,
+    trials: int = 120,
+    seed: int = 0,
+    memory: Path | None = None,
+    on_judged: Callable[[int, float], None] = lambda judged, best: None,
+) -> Tuned:
+    """Find the plan of least damage. The model is left untouched.
+
+    Args:
+        model: An untouched model with a classification head.
+        images: [B 3 H W] calibration images; 64 to 256 serve well.
+        target: MACs to spend, or accuracy to hold.
+        method: What the plan is for.
+        head_keep_rate: Fraction of the heads left at the end (decided by the cumulative head score).
+        labels: [B], needed for ``max_drop``.
+        trials: Schedules to judge for each MACs budget.
+        seed: Of the search.
+        memory: File to remember judged schedules in; an interrupted search goes on from it.
+        on_judged: Told the number of schedules judged and the least KL so far.
+
+    Raises:
+        ValueError: No labels for ``max_drop``, no head to compare, or the target cannot be reached.
+    """
+    unprune_(model)
+    if target.max_drop is not None and labels is None:
+        raise ValueError("max_drop needs labels: give labelled calibration images, or min_agreement instead")
+    bench = _Bench(model, images, labels, method, head_keep_rate)
+    key = _key(bench, target, images, method, head_keep_rate, seed)
+    store = PlanMemory(memory, key)
+    run = _Run(bench, trials, seed, store, on_judged)
+    tuned = run.at(target.macs) if target.macs is not None else _cheapest(run, target)
+    store.forget()
+    return tuned
+
+
+def _key(bench: _Bench, target: Target, images: Tensor, method: str, heads: float, seed: int) -> str:
+    """What a memory is good for: the same model, weights, images and question."""
+    digest = hashlib.sha256(images.cpu().numpy().tobytes())
+    digest.update(bench.dense.log_probs.numpy().tobytes())
+    question = (bench.host.name, method, heads, seed, dataclasses.asdict(target))
+    return f"{digest.hexdigest()[:16]} {question}"
+
+
+class _Bench:
+    """A model on the bench: judges schedules by running the calibration images."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor | None, method: str, head_keep_rate: float
+    ) -> None:
+        self.model = model
+        self.host: Host = open_host(model)
+        self.images = images
+        self.labels = labels
+        self.method = method_named(method)
+        self.head_keep_rate = head_keep_rate
+        self.calibration: Calibration = calibrate(model, images)
+        self.dense = self.predict()
+        if self.dense.log_probs.shape[1] < 2:
+            raise ValueError(
+                f"{self.host.name} has no classification head to compare predictions of; give one"
+            )
+
+    @torch.inference_mode()
+    def predict(self) -> Predictions:
+        """Run the images through the model as it is."""
+        parameter = next(self.model.parameters())
+        logits = [
+            self.host.output(self.model(batch.to(parameter.device, parameter.dtype))).float().cpu()
+            for batch in self.images.split(BATCH)
+        ]
+        return Predictions(torch.cat(logits).log_softmax(dim=-1), self.labels)
+
+    def base_plan(self, macs: float) -> Plan:
+        """A plan at the budget, to be given other counts."""
+        config = PruneConfig(method=self.method.name, macs=macs, head_keep_rate=self.head_keep_rate)
+        return make_plan(self.host, config, self.calibration)
+
+    def run(self, plan: Plan) -> Predictions:
+        """Predictions under a plan."""
+        if plan.heads is not None:
+            prune_(self.model, plan, verify=False)
+            try:
+                return self.predict()
+            finally:
+                unprune_(self.model)
+        steps = make_steps(self.method, plan.patches_per_block, plan.num_patches)
+        install(self.host, Cascade(self.host, self.method, steps))
+        try:
+            return self.predict()
+        finally:
+            uninstall(self.host)
+
+
+class _Run:
+    """Searches at one or several budgets."""
+
+    def __init__(
+        self,
+        bench: _Bench,
+        trials: int,
+        seed: int,
+        memory: PlanMemory,
+        on_judged: Callable[[int, float], None],
+    ) -> None:
+        self.bench = bench
+        self.trials = trials
+        self.seed = seed
+        self.memory = memory
+        self.on_judged = on_judged
+
+    def at(self, macs: float) -> Tuned:
+        """The best plan found for this budget."""
+        bench = self.bench
+        plan = bench.base_plan(macs)
+        heads = None if plan.heads is None else [len(kept) for kept in plan.heads]
+        costs = cost_model(bench.host, heads, method=bench.method)
+        dense = cost_model(bench.host).dense
+
+        def damage(counts: Counts) -> float:
+            return kl_divergence(bench.dense, bench.run(dataclasses.replace(plan, patches_per_block=counts)))
+
+        found = search(
+            Budget(costs, macs, dense),
+            self.memory.remember(damage),
+            starts=starting_shapes(bench.host.depth, layer_aware(bench.calibration.attention_range)),
+            trials=self.trials,
+            seed=self.seed,
+            on_judged=self.on_judged,
+        )
+        ratio = round(costs.total(found.patches) / dense, 6)
+        best = dataclasses.replace(
+            plan, patches_per_block=found.patches, schedule="search", macs_ratio=ratio, dial=f"macs={macs:g}"
+        )
+        return self._tuned(best, found)
+
+    def _tuned(self, plan: Plan, found: SearchResult) -> Tuned:
+        dense, pruned = self.bench.dense, self.bench.run(plan)
+        drop = None if self.bench.labels is None else dense.top(1) - pruned.top(1)
+        return Tuned(
+            plan,
+            kl_divergence(dense, pruned),
+            agreement(dense, pruned),
+            found.start_damage,
+            found.judged,
+            drop,
+        )
+
+
+def _cheapest(run: _Run, target: Target, *, steps: int = 5) -> Tuned:
+    """Bisect over the MACs for the cheapest plan that holds the target.
+
+    Raises:
+        ValueError: Not even the gentlest budget tried (97% of the MACs) holds it.
+    """
+    low, high = 0.3, 0.97
+    best = run.at(high)
+    if not _holds(best, target):
+        raise ValueError(f"the target cannot be held on these images: {_missed(best, target)} at macs={high}")
+    for _ in range(steps):
+        middle = round((low + high) / 2, 3)
+        tuned = _try(run, middle)
+        if tuned is not None and _holds(tuned, target):
+            best, high = tuned, middle
+        else:
+            low = middle
+    return best
+
+
+def _try(run: _Run, macs: float) -> Tuned | None:
+    """The best plan for a budget; None if the model cannot spend so little."""
+    try:
+        return run.at(macs)
+    except BudgetError:
+        return None
+
+
+def _holds(tuned: Tuned, target: Target) -> bool:
+    if target.max_drop is not None:
+        return tuned.drop is not None and tuned.drop <= target.max_drop
+    return target.min_agreement is not None and tuned.agreement >= target.min_agreement
+
+
+def _missed(tuned: Tuned, target: Target) -> str:
+    if target.max_drop is not None:
+        return f"{tuned.drop:.2f} points of top-1 are lost (at most {target.max_drop} allowed)"
+    return f"agreement is {tuned.agreement:.4f} (at least {target.min_agreement} wanted)"

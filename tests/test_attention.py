@@ -1,0 +1,131 @@
+"""Three routes through one attention: they must agree, and the evidence must be what the page says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpvit import attention
+from cpvit.attention import AttentionInputs, attend
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def inputs(batch: int = 3, heads: int = 2, tokens: int = 9, *, bias: bool = False) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = (draw(batch, heads, tokens, 4) for _ in range(3))
+    return AttentionInputs(
+        query, key, value, scale=0.7, bias=draw(batch, heads, tokens, tokens) if bias else None
+    )
+
+
+def matrix(given: AttentionInputs) -> Tensor:
+    logits = torch.einsum("bhid,bhjd->bhij", given.query, given.key) * given.scale
+    return (logits if given.bias is None else logits + given.bias).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_route_gives_the_same_output(bias: bool) -> None:
+    given = inputs(bias=bias)
+    expected = matrix(given) @ given.value
+    for options in (
+        {},
+        {"watch": True},
+        {"evidence": "max"},
+        {"evidence": "class"},
+        {"evidence": "class", "num_prefix": 0},
+    ):
+        torch.testing.assert_close(attend(given, **options).out, expected, **EXACT)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_max_evidence_is_the_strongest_attention_any_query_pays(bias: bool) -> None:
+    given = inputs(bias=bias)
+    torch.testing.assert_close(attend(given, evidence="max").evidence, matrix(given).amax(2), **EXACT)
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_class_evidence_is_the_class_tokens_row(watch: bool) -> None:
+    given = inputs(bias=True)
+    got = attend(given, evidence="class", num_prefix=1, watch=watch).evidence
+    torch.testing.assert_close(got, matrix(given)[:, :, 0], **EXACT)
+
+
+def test_class_evidence_without_a_class_token_is_the_mean_over_queries() -> None:
+    given = inputs()
+    got = attend(given, evidence="class", num_prefix=0).evidence
+    torch.testing.assert_close(got, matrix(given).mean(2), **EXACT)
+
+
+def test_nothing_is_scored_unless_asked_for() -> None:
+    attended = attend(inputs())
+    assert attended.evidence is None
+    assert attended.probs is None
+
+
+def test_watching_shows_the_probabilities() -> None:
+    given = inputs()
+    torch.testing.assert_close(attend(given, watch=True).probs, matrix(given), **EXACT)
+
+
+@pytest.mark.parametrize("bias_images", [None, 1, 7])
+@pytest.mark.parametrize("images_at_once", [1, 2, 3, 6])
+def test_chunks_give_what_the_whole_batch_gives(
+    monkeypatch: pytest.MonkeyPatch, images_at_once: int, bias_images: int | None
+) -> None:
+    given = inputs(batch=7, bias=True)
+    given = given._replace(bias=None if bias_images is None else given.bias[:bias_images])
+    whole = attend(given, evidence="max", watch=True)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", images_at_once * 2 * 9 * 9 * 8)
+    pieces = attend(given, evidence="max")
+    torch.testing.assert_close(pieces.out, whole.out, **EXACT)
+    torch.testing.assert_close(pieces.evidence, whole.evidence, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["none", "max", "class"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_token_of_size_k_weighs_as_much_as_k_copies_of_it(kind: str, bias: bool) -> None:
+    """Proportional attention: softmax(logits + log size) is attention over the copies, added up."""
+    counts = torch.tensor([1, 3, 1, 2])
+    few = inputs(batch=2, tokens=4, bias=bias)
+    where = torch.repeat_interleave(torch.arange(4), counts)
+    many = few._replace(
+        key=few.key[:, :, where],
+        value=few.value[:, :, where],
+        bias=None if few.bias is None else few.bias[..., where],
+    )
+    got = attend(few, sizes=counts.expand(2, 4).double(), evidence=kind)
+    torch.testing.assert_close(got.out, matrix(many) @ many.value, **EXACT)
+
+
+def test_sizes_count_in_the_evidence_too() -> None:
+    given, sizes = inputs(), torch.rand(3, 9, dtype=torch.float64) + 0.5
+    expected = matrix(given._replace(bias=sizes.log()[:, None, None, :])).amax(2)
+    torch.testing.assert_close(attend(given, sizes=sizes, evidence="max").evidence, expected, **EXACT)
+
+
+def test_dropout_acts_on_the_output_and_not_on_the_evidence() -> None:
+    given = inputs()
+    dropped = attend(given._replace(dropout=0.5), evidence="max")
+    torch.testing.assert_close(dropped.evidence, attend(given, evidence="max").evidence, **EXACT)
+    assert not torch.allclose(dropped.out, attend(given).out)
+
+
+def test_the_fused_route_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    attend(inputs())
+    assert len(calls) == 1
+    attend(inputs(), evidence="class")
+    assert len(calls) == 2
+    attend(inputs(), evidence="max")
+    assert len(calls) == 2

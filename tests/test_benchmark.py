@@ -1,0 +1,127 @@
+"""What a benchmark does and reports. No test looks at how long anything took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_images, tiny_vit
+
+from cpvit import PruneConfig, plan_of
+from cpvit.benchmark import (
+    MIN_ROUNDS,
+    BenchmarkResult,
+    benchmark,
+    interleave,
+    peak_memory_mib,
+    process_peak_mib,
+    summarize,
+)
+from cpvit.macs import count_macs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchmarkResult:
+    return benchmark(
+        tiny_vit().float(), PruneConfig(keep_per_block=(30, 20, 9)), batch_size=2, seconds=0, seed=5
+    )
+
+
+def test_runs_take_turns_and_first_and_last_change_places() -> None:
+    calls: list[str] = []
+    times = interleave([lambda: calls.append("d"), lambda: calls.append("p")], CPU, seconds=0)
+    rounds = ["".join(calls[start : start + 2]) for start in range(0, len(calls), 2)]
+    assert rounds[:2] == ["dp", "dp"]  # warm-up
+    assert rounds[2:] == ["dp", "pd", "dp", "pd", "dp", "pd", "dp"]
+    assert [len(side) for side in times] == [MIN_ROUNDS, MIN_ROUNDS]
+
+
+def test_each_time_belongs_to_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr("cpvit.benchmark.time.perf_counter", lambda: clock[0])
+    slow, fast = interleave([lambda: wait(3), lambda: wait(1)], CPU, seconds=36)
+    assert slow == [3.0] * 9
+    assert fast == [1.0] * 9
+
+
+def test_progress_rises_to_the_end() -> None:
+    shares: list[float] = []
+    interleave([lambda: None], CPU, seconds=0, progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_latency_is_summed_up_in_milliseconds() -> None:
+    latency = summarize([number / 1000 for number in range(11)])
+    assert (latency.median, latency.p10, latency.p90) == pytest.approx((5, 1, 9))
+
+
+def test_ratios_follow_from_the_medians(result: BenchmarkResult) -> None:
+    dense, pruned = result.dense, result.pruned
+    assert result.speedup == pytest.approx(dense.latency_ms.median / pruned.latency_ms.median)
+    assert result.speedup == pytest.approx(pruned.images_per_s / dense.images_per_s)
+    assert result.efficiency == pytest.approx(result.speedup * result.macs_ratio)
+    assert dense.images_per_s == pytest.approx(2 * 1000 / dense.latency_ms.median)
+    for side in (dense, pruned):
+        assert 0 < side.latency_ms.p10 <= side.latency_ms.median <= side.latency_ms.p90
+
+
+def test_macs_are_counted_on_both_models(result: BenchmarkResult) -> None:
+    assert result.dense.macs == count_macs(tiny_vit())
+    assert (
+        result.macs_ratio == result.pruned.macs / result.dense.macs == pytest.approx(result.plan.macs_ratio)
+    )
+
+
+def test_a_record_says_what_was_run(result: BenchmarkResult) -> None:
+    assert result.model == "vit_tiny_patch16_224"
+    assert (result.batch_size, result.image_size, result.rounds) == (2, (40, 56), MIN_ROUNDS)
+    assert result.plan.patches_per_block == (30, 20, 9)
+    assert (result.environment.seed, result.environment.dtype) == (5, "float32")
+
+
+def test_memory_is_at_least_that_of_the_weights(result: BenchmarkResult) -> None:
+    weights = sum(p.numel() * 4 for p in tiny_vit().parameters()) / 2**20
+    assert result.dense.peak_memory_mib > weights
+    assert result.pruned.peak_memory_mib > weights
+    assert result.peak_memory_mib >= result.dense.peak_memory_mib
+    assert process_peak_mib(CPU) > 0
+
+
+def test_more_images_need_more_memory() -> None:
+    model = tiny_vit().float()
+    few, many = (peak_memory_mib(model, random_images(n, dtype=torch.float32)) for n in (1, 16))
+    assert many > few
+
+
+def test_the_model_is_left_untouched() -> None:
+    model = tiny_vit().float()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    benchmark(model, PruneConfig(keep_rate=0.5), batch_size=1, seconds=0)
+    assert plan_of(model) is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_training_model_is_still_one_afterwards() -> None:
+    model = tiny_vit().float().train()
+    benchmark(model, PruneConfig(keep_rate=0.5), batch_size=1, seconds=0)
+    assert model.training
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_of_no_images_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+        benchmark(tiny_vit(), batch_size=size)
+
+
+def test_pruning_that_does_not_fit_is_refused_before_anything_is_timed(monkeypatch: Any) -> None:
+    monkeypatch.setattr("cpvit.benchmark.interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(ValueError, match="needs calibration images"):
+        benchmark(tiny_vit(), PruneConfig(head_keep_rate=0.5))
