@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cpvit.checkpoints import CheckpointError, CheckpointReport, load_checkpoint
+from cpvit.checkpoints import CheckpointError, CheckpointReport, head_classes, load_checkpoint
 
 State = dict[str, Tensor]
 Names = dict[str, Any]
@@ -957,3 +957,21 @@ def test_deit_tiny_weights_load_strictly() -> None:
     report = load_checkpoint(model, file)
     assert report == CheckpointReport(file, "timm")
     assert report.summary() == "deit_tiny_patch16_224.safetensors: timm layout"
+
+
+@pytest.mark.parametrize("name", ["head.bias", "module.head.bias", "classifier.bias", "heads.head.bias"])
+def test_the_classes_of_a_file_are_those_of_its_head(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({name: torch.zeros(7), "blocks.0.mlp.fc1.bias": torch.zeros(3)}, path)
+    assert head_classes(path) == 7
+
+
+def test_a_file_without_a_head_has_no_classes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"norm.bias": torch.zeros(7)}, path)
+    assert head_classes(path) is None
+
+
+def test_a_file_that_cannot_be_read_is_named_when_its_classes_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent.pth: no such file"):
+        head_classes(tmp_path / "absent.pth")

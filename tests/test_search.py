@@ -32,7 +32,7 @@ def test_every_candidate_meets_the_budget(method: str) -> None:
         return late(counts)
 
     search(within, damage, starts=starting_shapes(6, linear_ramp(6)), trials=40, seed=0)
-    assert len(judged) == 40
+    assert 20 < len(judged) <= 40
     for counts in judged:
         assert within.costs.total(counts) == pytest.approx(0.6 * within.dense, rel=0.005)
         assert list(counts) == sorted(counts, reverse=True)

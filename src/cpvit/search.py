@@ -12,9 +12,10 @@ interrupted search that is started again with the same inputs replays what it kn
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from cpvit.macs import CostModel
 from cpvit.schedule import constant, halved_at_most, linear_ramp, solve_macs
@@ -25,6 +26,8 @@ Shape = tuple[float, ...]
 FIRST_STEP = 0.12
 """Share of the pruning that a move takes from one block to another at first; halved when nothing helps."""
 LAST_STEP = 0.01
+EVERYTHING = 1e6
+"""Share gone that leaves a single patch at any strength."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,26 @@ def search(
     judge = _Judge(damage, trials, on_judged)
     scored = [(judge(budget.counts(shape)), shape) for shape in starts[:trials]]
     best, shape = min(scored, key=lambda pair: pair[0])
-    start, counts = best, budget.counts(shape)
-    step, order = FIRST_STEP, random.Random(seed)
+    start, step, order = best, FIRST_STEP, random.Random(seed)
     while step >= LAST_STEP and not judge.exhausted:
-        improved = False
-        for candidate in _moves(shape, step, order):
-            options = budget.counts(candidate)
-            if judge.exhausted:
-                break
-            value = judge(options)
-            if value < best:
-                best, shape, counts, improved = value, candidate, options, True
-        step = step if improved else step / 2
-    return SearchResult(counts, best, start, judge.judged)
+        before = best
+        for move in _moves(len(shape), order):
+            best, shape = _follow(move, shape, step, best, budget, judge)
+        step = step if best < before else step / 2
+    return SearchResult(budget.counts(shape), best, start, judge.judged)
+
+
+def _follow(
+    move: _Move, shape: Shape, step: float, best: float, budget: Budget, judge: _Judge
+) -> tuple[float, Shape]:
+    """Make a move again and again while it helps."""
+    while not judge.exhausted:
+        candidate = _moved(shape, move, step)
+        value = judge(budget.counts(candidate))
+        if value >= best:
+            break
+        best, shape = value, candidate
+    return best, shape
 
 
 class _Judge:
@@ -136,18 +146,30 @@ def _early(depth: int) -> Shape:
 
 
 def _emptied(shape: Shape) -> Shape:
-    return (*shape[:-1], 3.0 * max(shape))
+    return (*shape[:-1], EVERYTHING)
 
 
-def _moves(shape: Shape, step: float, order: random.Random) -> Iterator[Shape]:
-    """Shapes in which one block prunes more at the cost of all others, or less, in random order."""
-    removal = [later - earlier for earlier, later in zip((0.0, *shape), shape, strict=False)]
-    amount = step * shape[-2 if len(shape) > 1 else -1]
-    moves = [(block, sign) for block in range(len(shape)) for sign in (1, -1)]
+class _Move(NamedTuple):
+    """One block prunes more (or less) than before; all others make up for it when the budget is met."""
+
+    block: int
+    sign: int
+
+
+def _moves(depth: int, order: random.Random) -> list[_Move]:
+    moves = [_Move(block, sign) for block in range(depth) for sign in (1, -1)]
     order.shuffle(moves)
-    for block, sign in moves:
-        if sign < 0 and removal[block] <= 0:
-            continue
-        changed = list(removal)
-        changed[block] = max(0.0, changed[block] + sign * amount)
-        yield tuple(accumulate(changed))
+    return moves
+
+
+def _moved(shape: Shape, move: _Move, step: float) -> Shape:
+    """The shape after a move. More in the last block means everything: what leaves there is often not missed."""
+    last = len(shape) - 1
+    if move == (last, 1):
+        return _emptied(shape)
+    removal = [later - earlier for earlier, later in zip((0.0, *shape), shape, strict=False)]
+    if move.block == last and shape[last] >= EVERYTHING:
+        return (*shape[:-1], shape[-2] if last else 1.0)
+    amount = step * shape[max(0, last - 1)]
+    removal[move.block] = max(0.0, removal[move.block] + move.sign * amount)
+    return tuple(accumulate(removal))

@@ -80,10 +80,11 @@ def build_batches(model: nn.Module, options: DataOptions, preprocessing: Preproc
 
 
 def open_source(options: DataOptions) -> ImageSource:
-    """List the images ``--data`` names."""
-    return find_samples(
+    """List the images ``--data`` names, less those to leave out."""
+    source = find_samples(
         options.data, split=options.split, data_dir=options.data_dir, download=options.download
     )
+    return source if options.leave_out is None else source.split(options.leave_out, options.seed)[1]
 
 
 def build_preprocessing(model: nn.Module, options: PreprocessingOptions) -> Preprocessing:
