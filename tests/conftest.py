@@ -15,6 +15,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+torch.set_num_threads(1)  # two test processes on two cores: more threads only get in each other's way
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 IMAGE = (40, 56)

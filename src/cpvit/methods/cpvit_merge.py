@@ -39,7 +39,7 @@ class CPViTMerge:
     cumulative = False
     merges = True
     halves = False
-    schedule = "auto"
+    schedule = "constant"
     proportional = True
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
