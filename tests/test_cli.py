@@ -394,3 +394,9 @@ def test_real_data_that_is_missing_fails_on_ci_and_skips_elsewhere(
     monkeypatch.setenv("CI", ci)
     with pytest.raises(outcome, match="nothing-of-that-name"):
         shared_path("nothing-of-that-name")
+
+
+def test_verify_writes_its_record(tmp_path: Path) -> None:
+    record = record_of(["verify", "--model", MODEL, "--device", "cpu"], tmp_path)
+    assert record["error"] <= record["tolerance"]
+    assert record["first_block"] is None
