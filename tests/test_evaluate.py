@@ -18,7 +18,7 @@ from cpvit.data import BadImageError, Batches, Preprocessing, find_samples, labe
 from cpvit.environment import choose_device, choose_dtype, describe_environment
 from cpvit.evaluate import evaluate, predict
 from cpvit.macs import count_macs
-from cpvit.metrics import Predictions, agreement, kl_divergence
+from cpvit.metrics import Predictions, agreement, kl_divergence, logit_distance
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -183,3 +183,20 @@ def test_devices_and_dtypes_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) 
 def test_accuracy_needs_labels() -> None:
     with pytest.raises(ValueError, match="accuracy needs labels; these images have none"):
         Predictions(DENSE.log_probs).top(1)
+
+
+def test_logit_distance_ignores_a_constant_and_tells_scale_from_direction() -> None:
+    logits = torch.tensor([[3.0, 0.0, -3.0], [1.0, 1.0, -2.0]])
+    dense = Predictions(logits.log_softmax(dim=1))
+    assert logit_distance(dense, Predictions(logits + 5)) == pytest.approx(0, abs=1e-9)
+    assert logit_distance(dense, Predictions(-logits)) == pytest.approx(4)
+    assert logit_distance(dense, Predictions(torch.zeros(2, 3))) == pytest.approx(2)
+    halved = logit_distance(dense, Predictions((logits / 2).log_softmax(dim=1)))
+    assert halved == pytest.approx(0.25 / ((1 + 0.25) / 2))
+    swapped = logit_distance(Predictions((logits / 2).log_softmax(dim=1)), dense)
+    assert swapped == pytest.approx(halved), "neither side is the reference"
+
+
+def test_logit_distance_of_two_equal_rows_is_finite() -> None:
+    flat = Predictions(torch.zeros(1, 4).log_softmax(dim=1))
+    assert logit_distance(flat, flat) == 0

@@ -1,9 +1,8 @@
 """Search for the schedule that does the least damage for a budget, on calibration images.
 
-Damage is the mean KL divergence of the pruned from the dense class distribution. A candidate is a *shape* over
-depth (see :mod:`cpvit.schedule`); every shape is brought to the budget before it is judged, so all candidates
-cost the same. The search starts from a handful of shapes (the attention range among them) and then moves
-pruning from block to block, in steps that get finer, keeping what helps.
+A candidate is a *shape* over depth (see :mod:`cpvit.schedule`); every shape is brought to the budget before it is
+judged, so all candidates cost the same. The search starts from a handful of shapes (the attention range among
+them) and then moves pruning from block to block, in steps that get finer, keeping what helps.
 
 Every judged schedule is remembered by its counts. The memory can be written down after each judgement, so an
 interrupted search that is started again with the same inputs replays what it knows and goes on from there.
@@ -36,8 +35,8 @@ class SearchResult:
 
     patches: Counts
     damage: float
-    start_damage: float
-    """Of the best starting shape."""
+    start: Counts
+    """The best starting shape's."""
     judged: int
     """Schedules that were judged."""
 
@@ -84,7 +83,7 @@ def search(
     judge = _Judge(damage, trials, on_judged)
     scored = [(judge(budget.counts(shape)), shape) for shape in starts[:trials]]
     best, shape = min(scored, key=lambda pair: pair[0])
-    start, step, order = best, FIRST_STEP, random.Random(seed)
+    start, step, order = budget.counts(shape), FIRST_STEP, random.Random(seed)
     while step >= LAST_STEP and not judge.exhausted:
         before = best
         for move in _moves(len(shape), order):
