@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import tiny_vit
+from conftest import random_images, tiny_vit
 from torch import Tensor, nn
 
 from cpvit import PruneConfig, prune_, unprune_
 from cpvit.adapters import open_host
 from cpvit.evaluate import count_params
-from cpvit.heads import SlicedHeads, choose_heads, head_index
+from cpvit.heads import HeadOutputs, SlicedHeads, choose_heads, corrected_projection, head_index
 
 
 def test_heads_go_by_their_accumulated_score() -> None:
@@ -78,3 +80,91 @@ def test_a_cut_model_trains(model: nn.Module, images: Tensor) -> None:
     prune_(model, PruneConfig(head_keep_rate=0.4), calibration=images)
     model(images).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def head_statistics(width: int = 30) -> HeadOutputs:
+    """Correlated outputs of five heads, with a mean."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return HeadOutputs(torch.linspace(-1, 1, width, dtype=torch.float64), mixing @ mixing.T / width)
+
+
+def error_of(weight: Tensor, kept: Tensor, better: Tensor, shift: Tensor, outputs: HeadOutputs) -> float:
+    """E |W o - W' o_K - b'|^2, written out."""
+    whole = weight.clone()
+    whole[:, kept] -= better
+    rest = whole @ outputs.mean - shift
+    return float((whole @ outputs.covariance @ whole.T).trace() + rest @ rest)
+
+
+def test_no_projection_near_the_corrected_one_errs_less() -> None:
+    outputs, kept = head_statistics(), head_index([0, 2, 3], heads=5, groups=1, width=6)
+    weight = torch.randn(7, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    better, shift = corrected_projection(weight, outputs, kept, centred=True)
+    least = error_of(weight, kept, better, shift, outputs)
+    plain = error_of(weight, kept, weight[:, kept], torch.zeros(7, dtype=torch.float64), outputs)
+    assert least < 0.8 * plain
+    for seed in range(5):
+        nudge = 0.05 * torch.randn(better.shape, generator=torch.Generator().manual_seed(seed)).double()
+        assert least < error_of(weight, kept, better + nudge, shift, outputs)
+        assert least < error_of(weight, kept, better, shift + nudge[:, 0], outputs)
+
+
+def test_heads_that_say_the_same_as_others_are_made_up_for_completely() -> None:
+    model = tiny_vit()
+    attn = model.blocks[1].attn
+    with torch.no_grad():  # heads 3 and 4 repeat heads 0 and 1
+        for part in attn.qkv.weight.view(3, 5, 6, 30):
+            part[3:] = part[:2]
+        for part in attn.qkv.bias.view(3, 5, 6):
+            part[3:] = part[:2]
+    images = random_images(8, seed=1)
+    expected = model(images)
+    keep = (1.0,) * model_depth(model)
+    heads = tuple((0, 1, 2) if block == 1 else tuple(range(5)) for block in range(model_depth(model)))
+    plan = replace(prune_(model, PruneConfig(keep_per_block=keep)), heads=heads)
+    unprune_(model)
+    prune_(model, plan)
+    plain = (model(images) - expected).abs().max()
+    prune_(model, replace(plan, head_correction=True), calibration=images)
+    corrected = (model(images) - expected).abs().max()
+    assert corrected < 0.02 * plain
+    unprune_(model)
+    assert torch.equal(model(images), expected)
+
+
+def test_a_projection_without_bias_is_corrected_through_the_origin() -> None:
+    outputs, kept = head_statistics(), head_index([1, 2], heads=5, groups=1, width=6)
+    weight = torch.randn(7, 30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    better, shift = corrected_projection(weight, outputs, kept, centred=False)
+    assert not shift.any()
+    nudge = 0.05 * torch.randn(better.shape, generator=torch.Generator().manual_seed(4)).double()
+    least = error_of(weight, kept, better, shift, outputs)
+    assert least < error_of(weight, kept, better + nudge, shift, outputs)
+
+
+def test_a_corrected_plan_asks_for_calibration_images(model: nn.Module, images: Tensor) -> None:
+    plan = prune_(model, PruneConfig(head_keep_rate=0.4, head_correction=True), calibration=images)
+    assert plan.head_correction
+    with pytest.raises(
+        ValueError, match=r"corrects the projections.*calibration images.*head_correction=False"
+    ):
+        prune_(model, plan)
+    uncorrected = prune_(model, replace(plan, head_correction=False))
+    assert not uncorrected.head_correction
+
+
+def test_a_plan_that_does_not_fit_leaves_the_corrected_heads_in_force(
+    model: nn.Module, images: Tensor
+) -> None:
+    plan = prune_(model, PruneConfig(head_keep_rate=0.4, head_correction=True), calibration=images)
+    before, parameters = model(images), dict(model.named_parameters())
+    with pytest.raises(ValueError, match="made for another"):
+        prune_(model, replace(plan, model="another"))
+    assert torch.equal(model(images), before)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    unprune_(model)
+
+
+def model_depth(model: nn.Module) -> int:
+    return len(open_host(model).blocks)

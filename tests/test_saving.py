@@ -92,7 +92,7 @@ def saved(model: Any, tmp_path: Path) -> Path:
 
 
 def prune_half(model: nn.Module, *, heads: bool) -> Plan:
-    config = PruneConfig(keep_rate=0.5, head_keep_rate=0.4 if heads else 1.0)
+    config = PruneConfig(keep_rate=0.5, head_keep_rate=0.4 if heads else 1.0, head_correction=heads)
     return prune_(model, config, calibration=images_for(model))
 
 

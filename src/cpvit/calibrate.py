@@ -6,14 +6,15 @@ Both come from the attention of the untouched model. Legend: B images, H heads, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from cpvit.adapters import Host, open_host
+from cpvit.adapters import Host, UnsupportedModelError, open_host
 from cpvit.cascade import Cascade, Watched, Watcher, install, installed, make_steps, uninstall, watching
 from cpvit.core import CPViT, head_score
+from cpvit.heads import HeadOutputs, projection_of
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,20 @@ class Calibration:
     """Per block: mean distance, in patches, between a patch and the patch it attends to most."""
     head_scores: tuple[tuple[float, ...], ...]
     """Per block and head: T^l, the sum over tokens of the strongest attention paid to each, mean over images."""
+    head_outputs: tuple[HeadOutputs, ...] | None = field(default=None, repr=False, compare=False)
+    """Per block: what the heads give, to correct the projection of those that are cut; None if not asked for."""
 
 
-def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibration:
+def calibrate(
+    model: nn.Module, images: Tensor | Iterable[Tensor], *, head_outputs: bool = True
+) -> Calibration:
     """Measure attention range and head scores on unlabelled images.
 
     Args:
         model: An untouched model (not a pruned one).
         images: [B 3 H W], or an iterable of such batches, preprocessed as for the model.
+        head_outputs: Also take the mean and covariance of what the heads give, where heads can be cut: correcting
+            the projection needs them. They are H*D x H*D float64 numbers per block; leave them out if no head goes.
 
     Raises:
         UnsupportedModelError: The model cannot be pruned.
@@ -44,6 +51,7 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
             f"{host.name} is pruned already; calibrate the untouched model: call unprune_(model) first"
         )
     statistics = _Statistics(host)
+    moments = _watch_projections(host) if head_outputs else []
     cascade = _keep_everything(host)
     install(host, cascade)
     try:
@@ -51,7 +59,40 @@ def calibrate(model: nn.Module, images: Tensor | Iterable[Tensor]) -> Calibratio
             _run_all(model, images)
     finally:
         uninstall(host)
-    return statistics.result()
+        for moment in moments:
+            moment.hook.remove()
+    found = statistics.result()
+    return replace(found, head_outputs=tuple(moment.result() for moment in moments)) if moments else found
+
+
+def _watch_projections(host: Host) -> list[_Moments]:
+    """One for each block; none if its heads cannot be cut, which then needs no correction either."""
+    try:
+        projections = [projection_of(block) for block in host.blocks]
+    except UnsupportedModelError:
+        return []
+    return [_Moments(projection) for projection in projections]
+
+
+class _Moments:
+    """Sums over the tokens that enter one projection."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        width = projection.in_features
+        self.tokens = 0
+        self.total = torch.zeros(width, dtype=torch.float64)
+        self.square = torch.zeros(width, width, dtype=torch.float64)
+        self.hook = projection.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        tokens = args[0].flatten(0, -2).double()
+        self.tokens += len(tokens)
+        self.total += tokens.sum(dim=0).cpu()
+        self.square += (tokens.T @ tokens).cpu()
+
+    def result(self) -> HeadOutputs:
+        mean = self.total / self.tokens
+        return HeadOutputs(mean, self.square / self.tokens - mean.outer(mean))
 
 
 def _keep_everything(host: Host) -> Cascade:

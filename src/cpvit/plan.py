@@ -34,6 +34,9 @@ class PruneConfig:
     """Explicit: fraction (float) or number (int) of patches that leaves each block."""
     head_keep_rate: float = 1.0
     """Fraction of the heads left at the end; below 1 needs calibration images."""
+    head_correction: bool = False
+    """Whether the projection of a block that loses heads makes up for them, by least squares on the calibration
+    images (not in the paper); costs nothing at run time."""
     head_mode: HeadMode = "slice"
     """"slice" cuts the weights; "mask" chooses per image (research: saves no time)."""
     schedule: ScheduleName = "auto"
@@ -104,6 +107,8 @@ class Plan:
     """Heads each block has before pruning."""
     heads: tuple[tuple[int, ...], ...] | None = None
     """Heads kept in each block; None for all."""
+    head_correction: bool = False
+    """Whether the projections make up for the heads that go; applying the plan then needs calibration images."""
     mask_heads: tuple[int, ...] | None = None
     """Research mode: number of heads kept per image in each block by a mask."""
     schedule: str = "explicit"
@@ -124,6 +129,11 @@ class Plan:
     def heads_per_block(self) -> tuple[int, ...]:
         """Heads that work in each block."""
         return self.num_heads if self.heads is None else tuple(len(kept) for kept in self.heads)
+
+    @property
+    def uncorrected(self) -> Plan:
+        """The same plan for weights that hold the corrected projections already, or will be overwritten."""
+        return dataclasses.replace(self, head_correction=False)
 
     def to_json(self) -> str:
         """Readable JSON, without loss."""

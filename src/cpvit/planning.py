@@ -45,6 +45,7 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
         patches_per_block=patches,
         num_heads=tuple(block.num_heads for block in host.blocks),
         heads=heads,
+        head_correction=config.head_correction and heads is not None,
         mask_heads=masks,
         schedule=name if config.keep_per_block is None else "explicit",
         dial=_dial(config),

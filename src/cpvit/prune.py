@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from cpvit.cascade import (
     uninstall,
     watching,
 )
-from cpvit.heads import SlicedHeads
+from cpvit.heads import HeadOutputs, SlicedHeads
 from cpvit.methods import method_named
 from cpvit.plan import Plan, PruneConfig
 from cpvit.planning import make_plan
@@ -70,8 +70,11 @@ def prune_(
     before = installed(host)
     unprune_(model)
     try:
-        plan = _resolve(model, host, PruneConfig() if config is None else config, calibration, verify=verify)
-        _apply(host, plan, dense_features=dense_features, checkpointing=checkpointing)
+        plan, outputs = _resolve(
+            model, host, PruneConfig() if config is None else config, calibration, verify=verify
+        )
+        cascade = _cascade(host, plan, dense_features=dense_features, checkpointing=checkpointing)
+        _install(host, plan, cascade, _cut_heads(host, plan, outputs))
     except BaseException:
         _reinstate(host, before)
         raise
@@ -85,23 +88,31 @@ def _resolve(
     calibration: Tensor | Iterable[Tensor] | Calibration | None,
     *,
     verify: bool,
-) -> Plan:
-    """The plan to apply, checked against an untouched model."""
+) -> tuple[Plan, tuple[HeadOutputs, ...] | None]:
+    """The plan to apply, checked against an untouched model, and what its heads are corrected with."""
     if verify:
         check(model)
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = calibrate(model, calibration)
+        calibration = calibrate(model, calibration, head_outputs=corrects_heads(config))
     plan = config if isinstance(config, Plan) else make_plan(host, config, calibration)
     check_plan(plan, host)
-    return plan
+    return plan, None if calibration is None else calibration.head_outputs
+
+
+def corrects_heads(config: PruneConfig | Plan) -> bool:
+    """Whether cut heads will be made up for, which needs their outputs on calibration images."""
+    if isinstance(config, Plan):
+        return config.head_correction
+    return config.head_correction and config.head_keep_rate < 1 and config.head_mode == "slice"
 
 
 def _reinstate(host: Host, before: CascadeContainer | None) -> None:
     """Put the pruning back that was in force before a new one turned out not to fit."""
     if before is None or before.plan is None:
         return
-    cascade = before.cascade
-    _apply(host, before.plan, dense_features=cascade.dense_features, checkpointing=cascade.checkpointing)
+    for cut in before.cut_heads:
+        cut.redo()
+    _install(host, before.plan, replace(before.cascade, host=host), before.cut_heads)
 
 
 def unprune_(model: nn.Module) -> None:
@@ -130,7 +141,7 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if container is None else container.plan
 
 
-def _apply(host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool) -> None:
+def _cascade(host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool) -> Cascade:
     method = method_named(plan.method)
     steps = make_steps(method, plan.patches_per_block, plan.num_patches, plan.mask_heads)
     cascade = Cascade(host, method, steps, dense_features=dense_features, checkpointing=checkpointing)
@@ -140,17 +151,32 @@ def _apply(host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool)
             "have left with the others: prune the model below its head (Dinov2Model, SiglipVisionModel with "
             "vision_use_head=False), or use a method that merges"
         )
-    cut = _cut_heads(host, plan)
+    return cascade
+
+
+def _install(host: Host, plan: Plan, cascade: Cascade, cut: tuple[SlicedHeads, ...]) -> None:
     container = install(host, cascade)
     container.plan = plan
     container.cut_heads = cut
 
 
-def _cut_heads(host: Host, plan: Plan) -> tuple[SlicedHeads, ...]:
+def _cut_heads(host: Host, plan: Plan, outputs: tuple[HeadOutputs, ...] | None) -> tuple[SlicedHeads, ...]:
     if plan.heads is None:
         return ()
-    pairs = zip(host.blocks, plan.heads, strict=True)
-    return tuple(SlicedHeads(block, keep) for block, keep in pairs if len(keep) < block.num_heads)
+    if plan.head_correction and outputs is None:
+        raise ValueError(
+            f"the plan for {plan.model} corrects the projections of the blocks that lose heads, which needs "
+            "calibration images: give calibration=... (--calibration; unlabelled, the ones it was made on serve "
+            "best), or prune with head_correction=False"
+        )
+    corrections: Sequence[HeadOutputs | None] = (None,) * host.depth
+    if plan.head_correction and outputs is not None:
+        corrections = outputs
+    return tuple(
+        SlicedHeads(block, keep, correction)
+        for block, keep, correction in zip(host.blocks, plan.heads, corrections, strict=True)
+        if len(keep) < block.num_heads
+    )
 
 
 def check_plan(plan: Plan, host: Host) -> None:

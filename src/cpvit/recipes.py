@@ -58,7 +58,7 @@ def find_recipe(model: nn.Module, plan: Plan, arguments: Mapping[str, object] | 
     try:
         with torch.device("meta"):
             twin = build(recipe)
-        prune_(twin, plan, verify=False)
+        prune_(twin, plan.uncorrected, verify=False)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise RecipeError(f"{recipe.name} cannot be built anew: {error}") from error
     difference = first_difference(model, twin)

@@ -112,13 +112,14 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     tensors = _read_weights(source / WEIGHTS, source / PLAN)
     tensors |= {name: tensors[kept] for name, kept in saved.shared.items()}
     network = _build(saved, source) if model is None else model
-    prune_(network, plan, dense_features=saved.dense_features)
+    # The corrected projections are in the file: here heads are cut only to make room for them.
+    prune_(network, plan.uncorrected, dense_features=saved.dense_features)
     try:
         _check_fit(network, tensors, source)
     except ValueError:
         unprune_(network)
         raise
-    _fill(network, tensors, saved)
+    _fill(network, tensors, saved, plan)
     return network
 
 
@@ -231,7 +232,7 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) ->
         )
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], saved: SavedModel) -> None:
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], saved: SavedModel, plan: Plan) -> None:
     """Write the weights, in their own dtypes, into a pruned model."""
     model.to(getattr(torch, saved.dtype))
     state: Any = model.state_dict(keep_vars=True)
@@ -240,6 +241,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], saved: SavedModel) ->
     model.load_state_dict(dict(tensors), strict=True)
     container = installed(open_host(model))
     assert container is not None, "prune_ has just installed it"
+    container.plan = plan
     if container.cut_heads:
         # What was cut here were heads of the fresh model; the saved one's are nowhere.
         container.cut_heads, container.heads_lost = (), True

@@ -177,7 +177,7 @@ class _Bench:
         self.labels = labels
         self.method = method_named(method)
         self.head_keep_rate = head_keep_rate
-        self.calibration: Calibration = calibrate(model, images)
+        self.calibration: Calibration = calibrate(model, images, head_outputs=head_keep_rate < 1)
         self.dense = self.predict()
         if self.dense.log_probs.shape[1] < 2:
             raise ValueError(
@@ -202,7 +202,7 @@ class _Bench:
     def run(self, plan: Plan) -> Predictions:
         """Predictions under a plan."""
         if plan.heads is not None:
-            prune_(self.model, plan, verify=False)
+            prune_(self.model, plan, calibration=self.calibration, verify=False)
             try:
                 return self.predict()
             finally:
