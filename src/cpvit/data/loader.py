@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cpvit.data.images import BadImageError
+from cpvit.data.order import check_rank
 from cpvit.data.preprocess import Preprocessing, Transform
 from cpvit.data.records import ImageSource, Reader
 
@@ -32,7 +33,8 @@ class _Item:
     traceback.
     """
 
-    index: int
+    key: str
+    label: int | None
     image: Tensor | None
     error: str = ""
 
@@ -40,8 +42,11 @@ class _Item:
 class _Decoded(Dataset[_Item]):
     """Decodes and transforms the sample at an index."""
 
-    def __init__(self, keys: Sequence[str], reader: Reader, transform: Transform) -> None:
+    def __init__(
+        self, keys: Sequence[str], labels: Sequence[int] | None, reader: Reader, transform: Transform
+    ) -> None:
         self._keys = keys
+        self._labels = labels
         self._reader = reader
         self._transform = transform
 
@@ -49,28 +54,34 @@ class _Decoded(Dataset[_Item]):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> _Item:
+        key = self._keys[index]
+        label = None if self._labels is None else self._labels[index]
         try:
-            image = self._reader.read(self._keys[index])
+            image = self._reader.read(key)
         except BadImageError as error:
-            return _Item(index, None, str(error))
-        return _Item(index, self._transform(image))
+            return _Item(key, label, None, str(error))
+        return _Item(key, label, self._transform(image))
 
 
 @dataclass(frozen=True)
 class _Items:
-    """A batch on its way to the main process; `images` is `[B 3 H W]`, or None if all files were bad."""
+    """A batch on its way to the main process: what could be read, if anything, and what could not."""
 
-    images: Tensor | None
-    good: tuple[int, ...]
+    good: Batch | None
     bad: tuple[_Item, ...]
 
 
 def _collate(items: list[_Item]) -> _Items:
-    images = [item.image for item in items if item.image is not None]
-    return _Items(
-        images=torch.stack(images) if images else None,
-        good=tuple(item.index for item in items if item.image is not None),
-        bad=tuple(item for item in items if item.image is None),
+    good = [item for item in items if item.image is not None]
+    return _Items(_batch(good) if good else None, tuple(item for item in items if item.image is None))
+
+
+def _batch(items: Sequence[_Item]) -> Batch:
+    labels = [item.label for item in items if item.label is not None]
+    return Batch(
+        images=torch.stack([item.image for item in items if item.image is not None]),
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        keys=tuple(item.key for item in items),
     )
 
 
@@ -78,18 +89,17 @@ class Batches:
     """An iterable over the batches of a source; it may be iterated again and gives the same batches.
 
     Attributes:
-        num_images: Images in the source, before any is skipped.
+        num_images: Images in the source, or in this process's share of it, before any is skipped.
         skipped: Keys of the bad images that the latest iteration has left out so far.
     """
 
     def __init__(
-        self, loader: DataLoader[_Item], keys: Sequence[str], labels: Tensor | None, *, skip_bad_images: bool
+        self, loader: DataLoader[_Item], num_images: int, *, skip_bad_images: bool, may_be_empty: bool = False
     ) -> None:
         self._loader = loader
-        self._keys = keys
-        self._labels = labels
         self._skip_bad_images = skip_bad_images
-        self.num_images = len(keys)
+        self._may_be_empty = may_be_empty
+        self.num_images = num_images
         self.skipped: list[str] = []
 
     def __len__(self) -> int:
@@ -98,23 +108,17 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
-        for items in self._loader:
-            batch = self._batch(cast("_Items", items))
-            if batch is not None:
-                yield batch
-        if len(self.skipped) == self.num_images:
+        for item in self._loader:
+            items = cast("_Items", item)
+            if items.bad and not self._skip_bad_images:
+                raise BadImageError(items.bad[0].error)
+            self.skipped += [bad.key for bad in items.bad]
+            if items.good is not None:
+                yield items.good
+        if len(self.skipped) == self.num_images and not self._may_be_empty:
             raise BadImageError(
                 f"none of the {self.num_images} images could be read, for example {self.skipped[0]}"
             )
-
-    def _batch(self, items: _Items) -> Batch | None:
-        if items.bad and not self._skip_bad_images:
-            raise BadImageError(items.bad[0].error)
-        self.skipped += [self._keys[item.index] for item in items.bad]
-        if items.images is None:
-            return None
-        labels = None if self._labels is None else self._labels[list(items.good)]
-        return Batch(items.images, labels, tuple(self._keys[index] for index in items.good))
 
 
 def make_loader(
@@ -125,8 +129,13 @@ def make_loader(
     batch_size: int,
     num_workers: int = 0,
     skip_bad_images: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
     """Batches of the images of `source`, in its order.
+
+    Of several processes each gets a contiguous share, so that together they see every image exactly once.
+    Shares differ by at most one image and may be empty; nothing is repeated to make them equal.
 
     Args:
         source: From `find_samples`, perhaps limited.
@@ -136,9 +145,12 @@ def make_loader(
         num_workers: Processes that decode; 0 decodes in this one.
         skip_bad_images: Leave out files that cannot be read, and list them in `skipped`; else they are an
             error.
+        rank: This process among `world_size`.
+        world_size: Processes that share the images.
 
     Raises:
-        BadImageError: While iterating, on a bad image that may not be skipped, or if all are bad.
+        BadImageError: While iterating, on a bad image that may not be skipped, or if all are bad and
+            `world_size` is 1 (of several processes one may well have bad images only).
 
     Example:
         >>> for batch in make_loader(source, preprocessing, labels=None, batch_size=64):  # doctest: +SKIP
@@ -148,12 +160,20 @@ def make_loader(
         raise ValueError(
             f"batch_size is {batch_size} and num_workers {num_workers}; expected at least 1 and 0"
         )
+    check_rank(rank, world_size)
     if not source.samples:
         raise ValueError(f"{source.name} holds no images")
-    label_tensor = _label_tensor(source, labels)
-    keys = [sample.key for sample in source.samples]
+    # Checked before they are shared out, so that all processes meet the same error.
+    all_labels = None if labels is None else sample_labels(source, labels)
+    share = _share(len(source), rank, world_size)
+    keys = [sample.key for sample in source.samples[share]]
     loader = DataLoader(
-        _Decoded(keys, source.reader.select(keys), preprocessing.transform()),
+        _Decoded(
+            keys,
+            None if all_labels is None else all_labels[share],
+            source.reader.select(keys),
+            preprocessing.transform(),
+        ),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -161,16 +181,19 @@ def make_loader(
         # Its own generator, because a DataLoader otherwise draws from the global one at each iteration.
         generator=torch.Generator(),
     )
-    return Batches(loader, keys, label_tensor, skip_bad_images=skip_bad_images)
+    return Batches(loader, len(keys), skip_bad_images=skip_bad_images, may_be_empty=world_size > 1)
 
 
-def _label_tensor(source: ImageSource, labels: Mapping[str, int] | None) -> Tensor | None:
-    if labels is None:
-        return None
+def _share(size: int, rank: int, world_size: int) -> slice:
+    return slice(size * rank // world_size, size * (rank + 1) // world_size)
+
+
+def sample_labels(source: ImageSource, labels: Mapping[str, int]) -> list[int]:
+    """The label of each image of `source`; raises ValueError if one has none."""
     missing = [sample.key for sample in source.samples if sample.class_name not in labels]
     if missing:
         raise ValueError(
             f"{source.name} has {len(missing)} images without a label, for example {missing[0]}; put them "
             "into a class folder that `labels` knows, or use labels=None"
         )
-    return torch.tensor([labels[sample.class_name or ""] for sample in source.samples], dtype=torch.int64)
+    return [labels[sample.class_name or ""] for sample in source.samples]
