@@ -33,7 +33,10 @@ from cpvit.data.order import Share
 SMALL = Preprocessing(image_size=(24, 20), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 PLAIN = Augmentation(random_resized_crop=False, flip=0.0)
 EVERYTHING = Augmentation(rand_augment="rand-m9-n2-mstd0.5-inc1", scale=(0.3, 1.0), random_erasing=0.5)
-WORKERS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+# Forking is what is tested, and there may be more workers than cores.
+WORKERS = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create"
+)
 CLASSES, EACH = 3, 5
 
 
