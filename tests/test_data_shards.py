@@ -179,6 +179,18 @@ def test_junk_is_passed_over(tmp_path: Path) -> None:
     assert open_shards(tmp_path).sizes == (1,)
 
 
+def test_a_part_of_the_samples_is_refused(source: ShardSource) -> None:
+    assert source.limited(None) is source.limited(TOTAL) is source
+    with pytest.raises(
+        ValueError, match=r"cannot take 5 of the 26 samples of .*; name fewer of them with braces"
+    ):
+        source.limited(5)
+    with pytest.raises(
+        ValueError, match=r"cannot set 5 of the 26 samples of .* apart: .*; name different shards"
+    ):
+        source.split(5)
+
+
 # --- sizes ---
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import random
 import tarfile
 from collections import Counter
@@ -112,6 +113,13 @@ def test_a_run_can_start_at_any_step(source: ImageSource, num_workers: int) -> N
     resumed = take(batches_of(source, mixing=mixing, num_workers=num_workers), 4, start=5)
     assert [batch.step for batch in whole] == list(range(9))
     for expected, found in zip(whole[5:], resumed, strict=True):
+        assert_same(expected, found)
+
+
+def test_batches_survive_the_way_to_a_worker(source: ImageSource) -> None:
+    """Workers are not forked everywhere; where they are not, all they need is pickled."""
+    batches = batches_of(source, mixing=Mixing(mixup=0.8))
+    for expected, found in zip(take(batches, 2), take(pickle.loads(pickle.dumps(batches)), 2), strict=True):
         assert_same(expected, found)
 
 
