@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+SKIP_HINT = ", or leave such files out with skip_bad_images=True (--skip-bad-images)"
+"""How every message of `bad_image` ends; for callers that do not offer this, to take it off."""
+
 
 class BadImageError(ValueError):
     """A file that should be an image cannot be read or decoded; the message names the file and the cause."""
@@ -17,10 +20,7 @@ class BadImageError(ValueError):
 
 def bad_image(name: str, cause: str) -> BadImageError:
     """The error for the image `name`, with the one way to go on without it."""
-    return BadImageError(
-        f"cannot read image {name}: {cause}; "
-        "repair or remove it, or leave such files out with skip_bad_images=True (--skip-bad-images)"
-    )
+    return BadImageError(f"cannot read image {name}: {cause}; repair or remove it{SKIP_HINT}")
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from cpvit.data.images import BadImageError
+from cpvit.data.order import check_rank
 from cpvit.data.preprocess import Preprocessing, Transform
 from cpvit.data.records import ImageSource, Reader
+from cpvit.data.shards import ShardSample, ShardSource, in_order
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,24 @@ class _Item:
     """One sample as a worker hands it over: an image, or the message of what was wrong with the file.
 
     Errors travel as values, since an exception raised in a worker arrives wrapped in the text of its
-    traceback.
+    traceback. `fatal` is one that concerns more than this image.
     """
 
-    index: int
+    key: str
+    label: int | None
     image: Tensor | None
     error: str = ""
+    fatal: ValueError | OSError | None = None
 
 
 class _Decoded(Dataset[_Item]):
     """Decodes and transforms the sample at an index."""
 
-    def __init__(self, keys: Sequence[str], reader: Reader, transform: Transform) -> None:
+    def __init__(
+        self, keys: Sequence[str], labels: Sequence[int] | None, reader: Reader, transform: Transform
+    ) -> None:
         self._keys = keys
+        self._labels = labels
         self._reader = reader
         self._transform = transform
 
@@ -49,28 +58,74 @@ class _Decoded(Dataset[_Item]):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> _Item:
+        key = self._keys[index]
+        label = None if self._labels is None else self._labels[index]
         try:
-            image = self._reader.read(self._keys[index])
+            image = self._reader.read(key)
         except BadImageError as error:
-            return _Item(index, None, str(error))
-        return _Item(index, self._transform(image))
+            return _Item(key, label, None, str(error))
+        return _Item(key, label, self._transform(image))
+
+
+class _Streamed(IterableDataset[_Item]):
+    """Decodes and transforms a share of the samples in shards; loader workers take its batches in turn."""
+
+    def __init__(
+        self,
+        source: ShardSource,
+        labels: Mapping[str, int] | None,
+        transform: Transform,
+        share: slice,
+        batch_size: int,
+    ) -> None:
+        self._source = source
+        self._labels = labels
+        self._transform = transform
+        self._share = share
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[_Item]:
+        wanted = np.zeros(len(self._source), np.bool_)
+        wanted[self._share] = self._own_batches(self._share.stop - self._share.start)
+        try:
+            for sample in in_order(self._source, wanted):
+                yield self._item(sample)
+        except (ValueError, OSError) as error:
+            yield _Item("", None, None, fatal=error)
+
+    def _own_batches(self, size: int) -> npt.NDArray[np.bool_]:
+        worker = get_worker_info()
+        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        own: npt.NDArray[np.bool_] = np.arange(size) // self._batch_size % num_workers == number
+        return own
+
+    def _item(self, sample: ShardSample) -> _Item:
+        label = None if self._labels is None else sample.label_in(self._labels)
+        try:
+            return _Item(sample.name, label, self._transform(sample.decoded()))
+        except BadImageError as error:
+            return _Item(sample.name, label, None, str(error))
 
 
 @dataclass(frozen=True)
 class _Items:
-    """A batch on its way to the main process; `images` is `[B 3 H W]`, or None if all files were bad."""
+    """A batch on its way to the main process: what could be read, if anything, and what could not."""
 
-    images: Tensor | None
-    good: tuple[int, ...]
+    good: Batch | None
     bad: tuple[_Item, ...]
 
 
 def _collate(items: list[_Item]) -> _Items:
-    images = [item.image for item in items if item.image is not None]
-    return _Items(
-        images=torch.stack(images) if images else None,
-        good=tuple(item.index for item in items if item.image is not None),
-        bad=tuple(item for item in items if item.image is None),
+    good = [item for item in items if item.image is not None]
+    return _Items(_batch(good) if good else None, tuple(item for item in items if item.image is None))
+
+
+def _batch(items: Sequence[_Item]) -> Batch:
+    labels = [item.label for item in items if item.label is not None]
+    return Batch(
+        images=torch.stack([item.image for item in items if item.image is not None]),
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        keys=tuple(item.key for item in items),
     )
 
 
@@ -78,67 +133,79 @@ class Batches:
     """An iterable over the batches of a source; it may be iterated again and gives the same batches.
 
     Attributes:
-        num_images: Images in the source, before any is skipped.
+        num_images: Images in the source, or in this process's share of it, before any is skipped.
         skipped: Keys of the bad images that the latest iteration has left out so far.
     """
 
     def __init__(
-        self, loader: DataLoader[_Item], keys: Sequence[str], labels: Tensor | None, *, skip_bad_images: bool
+        self,
+        loader: DataLoader[_Item],
+        num_images: int,
+        *,
+        batch_size: int,
+        skip_bad_images: bool,
+        may_be_empty: bool = False,
     ) -> None:
         self._loader = loader
-        self._keys = keys
-        self._labels = labels
+        self._batch_size = batch_size
         self._skip_bad_images = skip_bad_images
-        self.num_images = len(keys)
+        self._may_be_empty = may_be_empty
+        self.num_images = num_images
         self.skipped: list[str] = []
 
     def __len__(self) -> int:
         """Batches at most; one whose images are all bad is not yielded."""
-        return len(self._loader)
+        return -(-self.num_images // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
-        for items in self._loader:
-            batch = self._batch(cast("_Items", items))
-            if batch is not None:
-                yield batch
-        if len(self.skipped) == self.num_images:
+        for item in self._loader:
+            items = cast("_Items", item)
+            fatal = next((bad.fatal for bad in items.bad if bad.fatal is not None), None)
+            if fatal is not None:
+                raise fatal
+            if items.bad and not self._skip_bad_images:
+                raise BadImageError(items.bad[0].error)
+            self.skipped += [bad.key for bad in items.bad]
+            if items.good is not None:
+                yield items.good
+        if len(self.skipped) == self.num_images and not self._may_be_empty:
             raise BadImageError(
                 f"none of the {self.num_images} images could be read, for example {self.skipped[0]}"
             )
 
-    def _batch(self, items: _Items) -> Batch | None:
-        if items.bad and not self._skip_bad_images:
-            raise BadImageError(items.bad[0].error)
-        self.skipped += [self._keys[item.index] for item in items.bad]
-        if items.images is None:
-            return None
-        labels = None if self._labels is None else self._labels[list(items.good)]
-        return Batch(items.images, labels, tuple(self._keys[index] for index in items.good))
-
 
 def make_loader(
-    source: ImageSource,
+    source: ImageSource | ShardSource,
     preprocessing: Preprocessing,
     *,
     labels: Mapping[str, int] | None,
     batch_size: int,
     num_workers: int = 0,
     skip_bad_images: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Batches:
     """Batches of the images of `source`, in its order.
 
+    Of several processes each gets a contiguous share, so that together they see every image exactly once.
+    Shares differ by at most one image and may be empty; nothing is repeated to make them equal.
+
     Args:
-        source: From `find_samples`, perhaps limited.
+        source: From `find_samples`, perhaps limited, or `open_data`.
         preprocessing: Usually `Preprocessing.from_model(model)`.
         labels: From `label_map`; None for use without labels, where classes do not matter.
         batch_size: Images per batch; the last one may be smaller.
         num_workers: Processes that decode; 0 decodes in this one.
         skip_bad_images: Leave out files that cannot be read, and list them in `skipped`; else they are an
             error.
+        rank: This process among `world_size`.
+        world_size: Processes that share the images.
 
     Raises:
-        BadImageError: While iterating, on a bad image that may not be skipped, or if all are bad.
+        BadArchiveError: While iterating, on a damaged archive or shard.
+        BadImageError: While iterating, on a bad image that may not be skipped, or if all are bad and
+            `world_size` is 1 (of several processes one may well have bad images only).
 
     Example:
         >>> for batch in make_loader(source, preprocessing, labels=None, batch_size=64):  # doctest: +SKIP
@@ -148,12 +215,18 @@ def make_loader(
         raise ValueError(
             f"batch_size is {batch_size} and num_workers {num_workers}; expected at least 1 and 0"
         )
-    if not source.samples:
+    check_rank(rank, world_size)
+    if not len(source):
         raise ValueError(f"{source.name} holds no images")
-    label_tensor = _label_tensor(source, labels)
-    keys = [sample.key for sample in source.samples]
+    share = _share(len(source), rank, world_size)
+    transform = preprocessing.transform()
+    dataset: Dataset[_Item] = (
+        _listed(source, labels, transform, share)
+        if isinstance(source, ImageSource)
+        else _Streamed(source, labels, transform, share, batch_size)
+    )
     loader = DataLoader(
-        _Decoded(keys, source.reader.select(keys), preprocessing.transform()),
+        dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -161,16 +234,35 @@ def make_loader(
         # Its own generator, because a DataLoader otherwise draws from the global one at each iteration.
         generator=torch.Generator(),
     )
-    return Batches(loader, keys, label_tensor, skip_bad_images=skip_bad_images)
+    return Batches(
+        loader,
+        share.stop - share.start,
+        batch_size=batch_size,
+        skip_bad_images=skip_bad_images,
+        may_be_empty=world_size > 1,
+    )
 
 
-def _label_tensor(source: ImageSource, labels: Mapping[str, int] | None) -> Tensor | None:
-    if labels is None:
-        return None
+def _listed(
+    source: ImageSource, labels: Mapping[str, int] | None, transform: Transform, share: slice
+) -> _Decoded:
+    # Looked up before they are shared out, so that all processes meet the same error.
+    all_labels = None if labels is None else sample_labels(source, labels)
+    keys = [sample.key for sample in source.samples[share]]
+    own_labels = None if all_labels is None else all_labels[share]
+    return _Decoded(keys, own_labels, source.reader.select(keys), transform)
+
+
+def _share(size: int, rank: int, world_size: int) -> slice:
+    return slice(size * rank // world_size, size * (rank + 1) // world_size)
+
+
+def sample_labels(source: ImageSource, labels: Mapping[str, int]) -> list[int]:
+    """The label of each image of `source`; raises ValueError if one has none."""
     missing = [sample.key for sample in source.samples if sample.class_name not in labels]
     if missing:
         raise ValueError(
             f"{source.name} has {len(missing)} images without a label, for example {missing[0]}; put them "
             "into a class folder that `labels` knows, or use labels=None"
         )
-    return torch.tensor([labels[sample.class_name or ""] for sample in source.samples], dtype=torch.int64)
+    return [labels[sample.class_name or ""] for sample in source.samples]

@@ -1,0 +1,416 @@
+"""Training batches: addressable by position, alike for any number of workers and processes, and mixed right."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cpvit.data import (
+    Augmentation,
+    BadImageError,
+    ImageSource,
+    Mixing,
+    Preprocessing,
+    TrainBatch,
+    TrainBatches,
+    find_samples,
+    label_map,
+    make_loader,
+    make_train_batches,
+)
+from cpvit.data.order import Share
+
+SMALL = Preprocessing(image_size=(24, 20), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+PLAIN = Augmentation(random_resized_crop=False, flip=0.0)
+EVERYTHING = Augmentation(rand_augment="rand-m9-n2-mstd0.5-inc1", scale=(0.3, 1.0), random_erasing=0.5)
+# Forking is what is tested, and there may be more workers than cores.
+WORKERS = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create"
+)
+CLASSES, EACH = 3, 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    """15 images of noise in 3 classes."""
+    path = tmp_path_factory.mktemp("images") / "noise.tar"
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as archive:
+        for name in ("ant", "bee", "cat"):
+            for number in range(EACH):
+                file = io.BytesIO()
+                pixels = generator.integers(0, 256, (27, 31, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(file, "PNG")
+                member = tarfile.TarInfo(f"{name}/{number}.png")
+                member.size = len(file.getvalue())
+                archive.addfile(member, io.BytesIO(file.getvalue()))
+    return find_samples(path)
+
+
+def batches_of(
+    source: ImageSource,
+    augmentation: Augmentation = EVERYTHING,
+    mixing: Mixing = Mixing(),  # noqa: B008
+    *,
+    batch_size: int = 4,
+    seed: int = 7,
+    **options: float,
+) -> TrainBatches:
+    return make_train_batches(
+        source,
+        SMALL,
+        labels=label_map(source, CLASSES),
+        num_classes=CLASSES,
+        batch_size=batch_size,
+        seed=seed,
+        augmentation=augmentation,
+        mixing=mixing,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def take(batches: TrainBatches, count: int, start: int = 0) -> list[TrainBatch]:
+    return list(islice(batches.starting_at(start), count))
+
+
+def assert_same(first: TrainBatch, second: TrainBatch) -> None:
+    assert first.step == second.step
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert (first.targets is None) == (second.targets is None)
+    if first.targets is not None and second.targets is not None:
+        assert torch.equal(first.targets, second.targets)
+
+
+def identities(source: ImageSource, batches: Iterator[TrainBatch], count: int) -> list[int]:
+    """Which image of the source each unaugmented image of the first `count` batches is."""
+    plain = torch.cat([b.images for b in make_loader(source, SMALL, labels=None, batch_size=4)])
+    found = torch.cat([batch.images for batch in islice(batches, count)])
+    equal = (found[:, None] == plain[None]).flatten(2).all(2)
+    assert (equal.sum(1) == 1).all()
+    return equal.int().argmax(1).tolist()
+
+
+# --- position ---
+
+
+@WORKERS
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_can_start_at_any_step(source: ImageSource, num_workers: int) -> None:
+    mixing = Mixing(mixup=0.8, cutmix=1.0)
+    whole = take(batches_of(source, mixing=mixing), 9)
+    resumed = take(batches_of(source, mixing=mixing, num_workers=num_workers), 4, start=5)
+    assert [batch.step for batch in whole] == list(range(9))
+    for expected, found in zip(whole[5:], resumed, strict=True):
+        assert_same(expected, found)
+
+
+def test_batches_survive_the_way_to_a_worker(source: ImageSource) -> None:
+    """Workers are not forked everywhere; where they are not, all they need is pickled."""
+    batches = batches_of(source, mixing=Mixing(mixup=0.8))
+    for expected, found in zip(take(batches, 2), take(pickle.loads(pickle.dumps(batches)), 2), strict=True):
+        assert_same(expected, found)
+
+
+def test_batches_differ_from_step_to_step_and_seed_to_seed(source: ImageSource) -> None:
+    first, second = take(batches_of(source), 2)
+    (other,) = take(batches_of(source, seed=8), 1)
+    assert not torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_the_same_image_is_augmented_anew_each_epoch(source: ImageSource) -> None:
+    single = ImageSource("one", source.classes, source.samples[:1], source.reader)
+    images = [batch.images for batch in take(batches_of(single, batch_size=1), 6)]
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 6
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_together_see_one_large_batch(source: ImageSource, world_size: int) -> None:
+    large = take(batches_of(source, batch_size=2 * world_size), 7)
+    ranks = [
+        take(batches_of(source, batch_size=2, rank=r, world_size=world_size), 7) for r in range(world_size)
+    ]
+    for step, expected in enumerate(large):
+        assert torch.equal(torch.cat([batches[step].images for batches in ranks]), expected.images)
+        assert torch.equal(torch.cat([batches[step].labels for batches in ranks]), expected.labels)
+
+
+def test_processes_mix_differently(source: ImageSource) -> None:
+    options = {"mixing": Mixing(mixup=1.0), "batch_size": 8, "world_size": 2}
+    ratios = []
+    for rank in (0, 1):
+        (batch,) = take(batches_of(source, **options, rank=rank), 1)  # type: ignore[arg-type]
+        assert batch.targets is not None
+        mixed = batch.targets[(batch.targets > 0) & (batch.targets < 0.9999)]
+        assert len(mixed) > 0
+        ratios.append(mixed.max().item())
+    assert ratios[0] != pytest.approx(ratios[1], abs=1e-4)
+
+
+def test_an_epoch_has_each_image_once(source: ImageSource) -> None:
+    batches = batches_of(source, PLAIN, batch_size=4)
+    assert (batches.num_images, batches.steps_per_epoch) == (15, 4)
+    seen = identities(source, batches.starting_at(0), 15)  # four epochs
+    epochs = [seen[start : start + 15] for start in range(0, 60, 15)]
+    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_batch_larger_than_the_data(source: ImageSource) -> None:
+    batches = batches_of(source, PLAIN, batch_size=40)
+    assert batches.steps_per_epoch == 1
+    counts = Counter(identities(source, batches.starting_at(0), 1))
+    assert sorted(counts) == list(range(15))
+    assert set(counts.values()) <= {2, 3}
+
+
+def test_labels_belong_to_the_images(source: ImageSource) -> None:
+    batches = batches_of(source, PLAIN)
+    labels = torch.cat([batch.labels for batch in take(batches, 5)]).tolist()
+    assert labels == [index // EACH for index in identities(source, batches.starting_at(0), 5)]
+
+
+@pytest.mark.parametrize(("rank", "first", "stride"), [(0, 0, 1), (1, 4, 1), (2, 3, 2)])
+def test_a_share_knows_its_own_numbers(rank: int, first: int, stride: int) -> None:
+    share = Share(batch_size=5, rank=rank, world_size=3, first=first, stride=stride)
+    own = [number for step in islice(share.steps(), 20) for number in share.numbers(step)]
+    taken = np.flatnonzero(share.takes(np.arange(own[-1] + 1)))
+    assert taken.tolist() == own
+
+
+# --- what happens to an image ---
+
+
+def test_without_augmentation_images_are_those_of_evaluation(source: ImageSource) -> None:
+    seen = identities(source, batches_of(source, PLAIN).starting_at(0), 4)
+    assert len(set(seen[:15])) == 15
+
+
+def test_flip_alone(source: ImageSource) -> None:
+    plain = take(batches_of(source, PLAIN), 4)
+    flipped = take(batches_of(source, Augmentation(random_resized_crop=False, flip=1.0)), 4)
+    for before, after in zip(plain, flipped, strict=True):
+        # The crop is even, so that flipping before and after it is the same.
+        assert torch.equal(before.images.flip(3), after.images)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(flip=0.0, scale=(0.2, 0.5)),
+        Augmentation(random_resized_crop=False, flip=0.5),
+        Augmentation(random_resized_crop=False, flip=0.0, color_jitter=0.4),
+        Augmentation(random_resized_crop=False, flip=0.0, random_erasing=0.9),
+        Augmentation(random_resized_crop=False, flip=0.0, rand_augment="rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_each_augmentation_acts(source: ImageSource, augmentation: Augmentation) -> None:
+    plain = take(batches_of(source, PLAIN), 4)
+    changed = take(batches_of(source, augmentation), 4)
+    for before, after in zip(plain, changed, strict=True):
+        assert torch.equal(before.labels, after.labels)
+        assert (before.images.shape, after.images.dtype) == (after.images.shape, torch.float32)
+    assert any(not torch.equal(a.images, b.images) for a, b in zip(plain, changed, strict=True))
+
+
+def test_images_are_normalised(tmp_path: Path) -> None:
+    (tmp_path / "grey").mkdir()
+    Image.new("RGB", (30, 30), (51, 102, 204)).save(tmp_path / "grey" / "1.png")
+    batches = make_train_batches(
+        find_samples(tmp_path), SMALL, labels={"grey": 0}, num_classes=1, batch_size=1, seed=0,
+        augmentation=Augmentation(), mixing=Mixing(),
+    )  # fmt: skip
+    (batch,) = take(batches, 1)
+    expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(SMALL.mean)) / torch.tensor(SMALL.std)
+    torch.testing.assert_close(batch.images[0], expected[:, None, None].expand(3, 24, 20))
+
+
+def state() -> list[object]:
+    kind, words, *rest = np.random.get_state()
+    return [random.getstate(), kind, words.tolist(), rest, torch.get_rng_state().tolist()]
+
+
+@WORKERS
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generators_are_left_alone(source: ImageSource, num_workers: int) -> None:
+    batches = batches_of(source, mixing=Mixing(mixup=1.0, cutmix=1.0), num_workers=num_workers)
+    before = state()
+    expected = take(batches, 3)
+    assert state() == before
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    for first, second in zip(expected, take(batches, 3), strict=True):
+        assert_same(first, second)
+
+
+# --- mixing ---
+
+
+@pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0), Mixing(mixup=0.8, cutmix=1.0)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_mixed_targets_sum_to_one(source: ImageSource, mixing: Mixing, label_smoothing: float) -> None:
+    for batch in take(batches_of(source, mixing=mixing, label_smoothing=label_smoothing), 6):
+        assert batch.targets is not None
+        assert batch.targets.shape == (4, CLASSES)
+        assert batch.targets.dtype == torch.float32
+        torch.testing.assert_close(batch.targets.sum(1), torch.ones(4))
+        least = label_smoothing / CLASSES
+        for target, label, partner in zip(batch.targets, batch.labels, batch.labels.flip(0), strict=True):
+            others = [index for index in range(CLASSES) if index not in (int(label), int(partner))]
+            torch.testing.assert_close(target[others], torch.full((len(others),), least))
+
+
+def test_mixup_blends_images_as_it_blends_targets(source: ImageSource) -> None:
+    plain = take(batches_of(source, PLAIN), 8)
+    mixed = take(batches_of(source, PLAIN, Mixing(mixup=1.0)), 8)
+    told = 0
+    for before, after in zip(plain, mixed, strict=True):
+        assert after.targets is not None
+        if before.labels[0] == before.labels[-1]:
+            continue  # the targets then do not tell the ratio
+        told += 1
+        ratio = after.targets[0, before.labels[0]]
+        torch.testing.assert_close(after.images, ratio * before.images + (1 - ratio) * before.images.flip(0))
+    assert told > 2
+
+
+def test_no_targets_without_mixing_and_smoothing(source: ImageSource) -> None:
+    assert all(batch.targets is None for batch in take(batches_of(source), 2))
+    assert all(
+        batch.targets is None for batch in take(batches_of(source, mixing=Mixing(1.0, probability=0)), 2)
+    )
+
+
+def test_label_smoothing_alone(source: ImageSource) -> None:
+    for batch in take(batches_of(source, label_smoothing=0.3), 2):
+        expected = torch.full((4, CLASSES), 0.1).scatter_(1, batch.labels[:, None], 0.8)
+        assert batch.targets is not None
+        torch.testing.assert_close(batch.targets, expected)
+
+
+# --- errors ---
+
+
+@WORKERS
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_image_is_named(tmp_path: Path, num_workers: int) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_text("not an image")
+    batches = make_train_batches(
+        find_samples(tmp_path), SMALL, labels={"cat": 0}, num_classes=1, batch_size=1, seed=0,
+        num_workers=num_workers, augmentation=PLAIN, mixing=Mixing(),
+    )  # fmt: skip
+    with pytest.raises(BadImageError) as caught:
+        take(batches, 1)
+    assert str(caught.value).startswith(f"cannot read image {tmp_path}/cat/1.png: ")
+    assert str(caught.value).endswith("; repair or remove it")
+
+
+def test_options_out_of_range(source: ImageSource) -> None:
+    for options, message in (
+        ({"seed": -1}, r"seed is -1 and num_workers 0; expected at least 0 for both"),
+        ({"batch_size": 0}, r"batch_size is 0; expected at least 1"),
+        ({"rank": 2, "world_size": 2}, r"rank is 2 of world_size 2; expected 0 <= rank < world_size"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; expected a fraction below 1"),
+        ({"mixing": Mixing(1.0), "batch_size": 3}, r"batch_size is 3, but mixing blends images in pairs"),
+        (
+            {"augmentation": Augmentation(rand_augment="rand-z9")},
+            r"timm does not understand rand_augment 'rand-z9'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batches_of(source, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step is -1; expected at least 0"):
+        batches_of(source).starting_at(-1)
+    with pytest.raises(
+        ValueError, match=r"class cat has label 2, but the head has 2 classes: expected labels from 0"
+    ):
+        make_train_batches(
+            source, SMALL, labels=label_map(source, 3), num_classes=2, batch_size=2, seed=0,
+            augmentation=PLAIN, mixing=Mixing(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 1.5}, r"flip is 1\.5; expected a probability from 0 to 1"),
+        ({"random_erasing": -0.1}, r"random_erasing is -0\.1; expected a probability"),
+        (
+            {"scale": (0.5, 0.2)},
+            r"scale is \(0\.5, 0\.2\); expected two fractions of the image's area, in order",
+        ),
+        ({"color_jitter": -1.0}, r"color_jitter is -1\.0; expected a strength of at least 0"),
+        (
+            {"rand_augment": "original"},
+            r"rand_augment is 'original'; expected timm's notation, such as 'rand-m9",
+        ),
+        (
+            {"rand_augment": "rand-m9", "color_jitter": 0.3},
+            r"color_jitter is 0\.3 beside rand_augment 'rand-m9', where timm leaves it out; set one of the two",
+        ),
+    ],
+)
+def test_augmentations_that_make_no_sense(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)  # type: ignore[arg-type]
+
+
+def test_mixing_that_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match=r"mixup is -1; expected an alpha of at least 0 \(0 is off\)"):
+        Mixing(mixup=-1)
+    with pytest.raises(ValueError, match=r"switch_probability is 2; expected a probability from 0 to 1"):
+        Mixing(switch_probability=2)
+
+
+# --- sharing out evaluation ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 20])
+def test_processes_evaluate_each_image_once(source: ImageSource, world_size: int) -> None:
+    options = {"labels": label_map(source, CLASSES), "batch_size": 4}
+    shares = [
+        make_loader(source, SMALL, **options, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    batches = [batch for share in shares for batch in share]
+    assert [key for batch in batches for key in batch.keys] == [sample.key for sample in source.samples]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    sizes = [share.num_images for share in shares]
+    assert sum(sizes) == 15
+    assert max(sizes) - min(sizes) <= 1
+
+
+@WORKERS
+def test_an_empty_share_with_workers(source: ImageSource) -> None:
+    share = make_loader(source, SMALL, labels=None, batch_size=4, num_workers=2, rank=0, world_size=20)
+    assert (share.num_images, len(share), list(share)) == (0, 0, [])
+
+
+def test_a_share_of_bad_images_only_is_no_error(tmp_path: Path, source: ImageSource) -> None:
+    (tmp_path / "1.jpg").write_text("text")
+    Image.new("RGB", (9, 9)).save(tmp_path / "2.png")
+    for rank, skipped in ((0, ["1.jpg"]), (1, [])):
+        share = make_loader(
+            find_samples(tmp_path),
+            SMALL,
+            labels=None,
+            batch_size=4,
+            skip_bad_images=True,
+            rank=rank,
+            world_size=2,
+        )
+        assert sum(len(batch.keys) for batch in share) == 1 - len(skipped)
+        assert share.skipped == skipped
