@@ -393,7 +393,7 @@ class TimeModel:
     num_prefix: int
     num_patches: int
     method: Method
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     """Finer would pretend that times are known better than they are."""
 
     def total(self, patches: Sequence[int]) -> float:
