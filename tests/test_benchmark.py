@@ -10,15 +10,14 @@ from conftest import random_images, tiny_vit
 
 from cpvit import PruneConfig, plan_of
 from cpvit.benchmark import (
-    MIN_ROUNDS,
     BenchmarkResult,
     benchmark,
-    interleave,
     peak_memory_mib,
     process_peak_mib,
     summarize,
 )
 from cpvit.macs import count_macs
+from cpvit.timing import MIN_ROUNDS, interleave
 
 CPU = torch.device("cpu")
 
@@ -45,7 +44,7 @@ def test_each_time_belongs_to_its_own_run(monkeypatch: pytest.MonkeyPatch) -> No
     def wait(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr("cpvit.benchmark.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("cpvit.timing.time.perf_counter", lambda: clock[0])
     slow, fast = interleave([lambda: wait(3), lambda: wait(1)], CPU, seconds=36)
     assert slow == [3.0] * 9
     assert fast == [1.0] * 9

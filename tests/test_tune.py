@@ -93,7 +93,7 @@ def test_a_drop_is_held_on_labelled_images() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({}, r"give one of macs, max_drop and min_agreement, got none"),
+        ({}, r"give one of macs, max_drop, min_agreement and speedup, got none"),
         ({"macs": 0.6, "max_drop": 1.0}, r"got macs and max_drop"),
         ({"macs": 1.2}, r"macs must be a fraction above 0 and at most 1, got 1.2"),
         ({"max_drop": -1.0}, r"max_drop is a loss in points and must be at least 0, got -1.0"),

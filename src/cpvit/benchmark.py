@@ -1,32 +1,39 @@
 """How fast is the pruned model? Dense and pruned take turns in one process, on the same input.
 
-Machines drift; a ratio of neighbours in time does not. The dense model is the host's own, with its fused
-attention: the right baseline.
+Machines drift; a ratio of neighbours in time does not. So every round times the dense model and all pruned ones once,
+the speed-up is taken round by round, and what is reported is its median with the 10th and 90th percentile: where they
+do not lie above 1, nothing was gained. The dense model is the host's own, with its fused attention: the right baseline.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from cpvit.adapters import open_host
 from cpvit.calibrate import Calibration
+from cpvit.data import Batches
 from cpvit.environment import Environment, describe_environment
 from cpvit.macs import count_macs
 from cpvit.plan import Plan, PruneConfig
+from cpvit.planning import best_align
 from cpvit.prune import prune_, unprune_
+from cpvit.timing import Run, Tell, interleave, random_images
 
 MIB = 1 << 20
-MIN_ROUNDS = 7
+
+Verdict: TypeAlias = Literal["faster", "gained nothing", "slower"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,22 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """Dense over pruned time, taken in every round."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "faster" or "slower" only where nine of ten rounds say so."""
+        if self.p10 > 1:
+            return "faster"
+        return "slower" if self.p90 < 1 else "gained nothing"
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
     """One run of :func:`benchmark`."""
 
@@ -69,6 +92,50 @@ class BenchmarkResult:
     """Most memory of the whole process so far (host memory; CUDA memory on a GPU)."""
     plan: Plan
     environment: Environment
+    speedup_by_round: Speedup
+    verdict: Verdict
+    end_to_end: bool = False
+    """Whether decoding and preprocessing of real images were timed along."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one setting."""
+
+    name: str
+    timing: Timing
+    speedup: Speedup
+    macs_ratio: float
+    efficiency: float
+    """Median speed-up times MACs ratio."""
+    verdict: Verdict
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A method that does not fit a setting; nothing was timed."""
+
+    name: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods in one setting: one model, batch size, image size and dtype. One run of :func:`compare`."""
+
+    model: str
+    batch_size: int
+    image_size: tuple[int, int]
+    rounds: int
+    dense: Timing
+    rows: tuple[Row, ...]
+    unfit: tuple[Unfit, ...]
+    peak_memory_mib: float
+    """Most memory of the whole process so far (host memory; CUDA memory on a GPU)."""
+    environment: Environment
+    end_to_end: bool = False
+    """Whether decoding and preprocessing of real images were timed along."""
 
 
 def benchmark(
@@ -76,108 +143,190 @@ def benchmark(
     config: PruneConfig | Plan | None = None,
     *,
     batch_size: int = 32,
+    batches: Batches | None = None,
     calibration: Calibration | None = None,
     seconds: float = 15.0,
     seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
+    tell: Tell = lambda _: None,
 ) -> BenchmarkResult:
-    """Time a model dense and pruned, in turn, on random images. The model is left untouched.
+    """Time a model dense and pruned, in turn. The model is left untouched.
 
     Args:
         model: An untouched model on its device and in its dtype; random weights will do.
-        config: What to prune.
+        config: What to prune; ``align="auto"`` is measured for this batch size.
         batch_size: Images per forward.
+        batches: Real images, in batches of that size, to time everything from their files to the output: decoding,
+            preprocessing and forward. By default the forward alone, on random images that lie on the device.
         calibration: For a layer-aware schedule or cut heads.
         seconds: How long to measure, warm-up not counted; at least seven rounds are run.
         seed: Of the random images.
         progress: Called with the share done, 0 to 1.
+        tell: Told when something has to be measured first.
 
     Raises:
         ValueError: The configuration does not fit the model, or a batch size below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    unprune_(model)
-    was_training = model.training
-    model.eval()
-    pruned = copy.deepcopy(model)
-    plan = prune_(pruned, config, calibration=calibration)
-    images = _random_images(model, batch_size, seed)
-    times = interleave([lambda: model(images), lambda: pruned(images)], images.device, seconds, progress)
-    dense_side, pruned_side = (
-        _timing(side, images, spent) for side, spent in zip((model, pruned), times, strict=True)
-    )
-    speedup = dense_side.latency_ms.median / pruned_side.latency_ms.median
-    ratio = pruned_side.macs / dense_side.macs
-    model.train(was_training)
+    stage = _Stage(model, batch_size, batches, seconds, seed)
+    with stage.set_up():
+        made = stage.prune("pruned", PruneConfig() if config is None else config, calibration, tell)
+        result = stage.time([made], progress)
+    plan, row = made.plan, result.rows[0]
+    speedup = result.dense.latency_ms.median / row.timing.latency_ms.median
     return BenchmarkResult(
         model=plan.model,
-        dense=dense_side,
-        pruned=pruned_side,
+        dense=result.dense,
+        pruned=row.timing,
         speedup=speedup,
-        macs_ratio=ratio,
-        efficiency=speedup * ratio,
-        batch_size=batch_size,
-        image_size=(images.shape[2], images.shape[3]),
-        rounds=len(times[0]),
-        peak_memory_mib=process_peak_mib(images.device),
+        macs_ratio=row.macs_ratio,
+        efficiency=speedup * row.macs_ratio,
+        batch_size=result.batch_size,
+        image_size=result.image_size,
+        rounds=result.rounds,
+        peak_memory_mib=result.peak_memory_mib,
         plan=plan,
-        environment=describe_environment(images.device, images.dtype, seed),
+        environment=result.environment,
+        speedup_by_round=row.speedup,
+        verdict=row.verdict,
+        end_to_end=result.end_to_end,
     )
 
 
-def _random_images(model: nn.Module, batch_size: int, seed: int) -> Tensor:
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch_size, *open_host(model).image_shape, generator=generator)
-    return images.to(parameter.device, parameter.dtype)
-
-
-@torch.inference_mode()
-def interleave(
-    runs: Sequence[Callable[[], object]],
-    device: torch.device,
-    seconds: float,
+def compare(
+    model: nn.Module,
+    configs: Mapping[str, PruneConfig | Plan],
+    *,
+    batch_size: int = 32,
+    batches: Batches | None = None,
+    calibration: Calibration | None = None,
+    seconds: float = 15.0,
+    seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
-) -> list[list[float]]:
-    """Seconds of each run, in rounds: every round times each run once, first and last changing places.
+    tell: Tell = lambda _: None,
+) -> Comparison:
+    """Time a model dense and pruned in several ways, all in turn. The model is left untouched.
 
-    Two rounds of warm-up are not counted.
+    A configuration that does not fit the model is reported with its error, and the others are timed.
+
+    Args:
+        configs: What to prune, by the name its row gets; the rest as for :func:`benchmark`.
+
+    Raises:
+        ValueError: A batch size below 1.
     """
-    for run in [*runs, *runs]:
-        _timed(run, device)
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    while len(times[0]) < MIN_ROUNDS or time.perf_counter() - start < seconds:
-        order = range(len(runs)) if len(times[0]) % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
-            times[index].append(_timed(runs[index], device))
-        spent = (time.perf_counter() - start) / max(seconds, 1e-9)
-        progress(min(1.0, spent, len(times[0]) / MIN_ROUNDS))
-    return times
+    stage = _Stage(model, batch_size, batches, seconds, seed)
+    made: list[_Pruned] = []
+    unfit: list[Unfit] = []
+    with stage.set_up():
+        for name, config in configs.items():
+            try:
+                made.append(stage.prune(name, config, calibration, tell))
+            except (ValueError, TypeError, RuntimeError) as error:
+                unfit.append(Unfit(name, " ".join(str(error).split())))
+        result = stage.time(made, progress)
+    return dataclasses.replace(result, unfit=tuple(unfit))
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
+class _Pruned(NamedTuple):
+    name: str
+    model: nn.Module
+    plan: Plan
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class _Stage:
+    """One setting: a dense model, its pruned copies, and the same input for all."""
+
+    def __init__(
+        self, model: nn.Module, batch_size: int, batches: Batches | None, seconds: float, seed: int
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = model
+        self.batches = batches
+        self.seconds = seconds
+        self.seed = seed
+        self.images = random_images(open_host(model), batch_size, seed)
+
+    @contextmanager
+    def set_up(self) -> Iterator[None]:
+        """The model is dense and in eval mode meanwhile."""
+        unprune_(self.model)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def prune(
+        self, name: str, config: PruneConfig | Plan, calibration: Calibration | None, tell: Tell
+    ) -> _Pruned:
+        """A pruned copy that shares the dense model's weights, but for heads that are cut out of them."""
+        if isinstance(config, PruneConfig) and config.align == "auto":
+            host = open_host(self.model)
+            align = best_align(host, config, calibration, batch_size=len(self.images), tell=tell)
+            config = dataclasses.replace(config, align=align)
+        shared = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
+        pruned = copy.deepcopy(self.model, shared)
+        return _Pruned(name, pruned, prune_(pruned, config, calibration=calibration))
+
+    def time(self, pruned: Sequence[_Pruned], progress: Callable[[float], None]) -> Comparison:
+        """The dense model and all of these in turn."""
+        models = [self.model, *(entry.model for entry in pruned)]
+        times = interleave([self._run(model) for model in models], self.images.device, self.seconds, progress)
+        dense = self._timing(self.model, times[0])
+        rows = tuple(
+            self._row(entry, dense, times[0], own) for entry, own in zip(pruned, times[1:], strict=True)
+        )
+        return Comparison(
+            model=open_host(self.model).name,
+            batch_size=len(self.images),
+            image_size=(self.images.shape[2], self.images.shape[3]),
+            rounds=len(times[0]),
+            dense=dense,
+            rows=rows,
+            unfit=(),
+            peak_memory_mib=process_peak_mib(self.images.device),
+            environment=describe_environment(self.images.device, self.images.dtype, self.seed),
+            end_to_end=self.batches is not None,
+        )
+
+    def _run(self, model: nn.Module) -> Run:
+        if self.batches is None:
+            return lambda: model(self.images)
+        return lambda: [
+            model(batch.images.to(self.images.device, self.images.dtype)) for batch in self.batches or ()
+        ]
+
+    def _row(
+        self, entry: _Pruned, dense: Timing, dense_seconds: Sequence[float], seconds: Sequence[float]
+    ) -> Row:
+        timing = self._timing(entry.model, seconds)
+        speedup = speedup_by_round(dense_seconds, seconds)
+        ratio = timing.macs / dense.macs
+        return Row(
+            entry.name, timing, speedup, ratio, speedup.median * ratio, speedup.verdict, plan=entry.plan
+        )
+
+    def _timing(self, model: nn.Module, seconds: Sequence[float]) -> Timing:
+        """A run over real images is several batches; the latency is that of one."""
+        batches = 1 if self.batches is None else len(self.batches)
+        images = (
+            len(self.images) if self.batches is None else self.batches.num_images - len(self.batches.skipped)
+        )
+        return Timing(
+            images_per_s=images / median(seconds),
+            latency_ms=summarize([spent / batches for spent in seconds]),
+            peak_memory_mib=peak_memory_mib(model, self.images),
+            macs=count_macs(model),
+        )
 
 
-def _timing(model: nn.Module, images: Tensor, seconds: Sequence[float]) -> Timing:
-    latency = summarize(seconds)
-    return Timing(
-        images_per_s=len(images) * 1000 / latency.median,
-        latency_ms=latency,
-        peak_memory_mib=peak_memory_mib(model, images),
-        macs=count_macs(model),
-    )
+def speedup_by_round(dense: Sequence[float], pruned: Sequence[float]) -> Speedup:
+    """Dense over pruned seconds of the same round: median, 10th and 90th percentile."""
+    ratios = [slow / fast for slow, fast in zip(dense, pruned, strict=True)]
+    tenths = quantiles(ratios, n=10, method="inclusive")
+    return Speedup(median(ratios), tenths[0], tenths[-1])
 
 
 def summarize(seconds: Sequence[float]) -> Latency:

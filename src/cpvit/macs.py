@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,42 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in chain(model.named_parameters(), model.named_buffers())}
 
 
+class Costs(Protocol):
+    """What a schedule costs, in any unit: what budgets are solved and plans are searched with.
+
+    :class:`CostModel` counts multiply-accumulates, :class:`cpvit.timing.TimeModel` seconds.
+    """
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens that never leave."""
+        ...
+
+    @property
+    def num_patches(self) -> int:
+        """Patches that enter the first block."""
+        ...
+
+    @property
+    def method(self) -> Method:
+        """What removes or merges; says whether at most half may leave one block."""
+        ...
+
+    @property
+    def tolerance(self) -> float:
+        """A budget counts as met within this share of it."""
+        ...
+
+    @property
+    def dense(self) -> float:
+        """Cost of the untouched model."""
+        ...
+
+    def total(self, patches: Sequence[int]) -> float:
+        """Cost when ``patches[l]`` patches leave block l."""
+        ...
+
+
 @dataclass(frozen=True)
 class CostModel:
     """MACs of one image as a function of how many patches leave each block."""
@@ -56,6 +93,8 @@ class CostModel:
     method: Method
     pool_token: int = 0
     """What the head saves for each patch that does not reach it (attention pooling)."""
+    tolerance: float = 0.005
+    """A MACs budget is hit within this share of it."""
 
     def total(self, patches: Sequence[int]) -> int:
         """MACs when ``patches[l]`` patches leave block l, scoring and matching included."""

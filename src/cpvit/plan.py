@@ -13,6 +13,8 @@ ScheduleName: TypeAlias = Literal[
     "auto", "linear-ramp", "layer-aware", "constant", "constant-fraction", "stages"
 ]
 HeadMode: TypeAlias = Literal["slice", "mask"]
+Align: TypeAlias = int | Literal["auto", "none"]
+"""A number of tokens, "auto" to have it measured, or "none"."""
 
 DEFAULT_KEEP_RATE = 0.5
 """The paper's headline: half of the patches gone at the end."""
@@ -42,6 +44,9 @@ class PruneConfig:
     schedule: ScheduleName = "auto"
     """Spread over depth; "auto" is the method's own: for cpvit layer-aware with calibration images, else the
     linear ramp; for the others that of their publication."""
+    align: Align = "none"
+    """Make the tokens in every block, prefix included, a multiple of this number, so that few different ones are
+    left and the hardware likes them; "auto" measures which number is fastest on this machine for this model."""
 
     def __post_init__(self) -> None:
         dials = [name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None]
@@ -57,6 +62,7 @@ class PruneConfig:
                 raise ValueError(
                     f"keep_per_block is a schedule of its own; leave out schedule={self.schedule!r}"
                 )
+        _check_align(self.align, explicit=self.keep_per_block is not None)
 
 
 def _check_fraction(name: str, value: float | None) -> None:
@@ -71,6 +77,15 @@ def _check_fraction(name: str, value: float | None) -> None:
 def _check_choice(name: str, value: str, choices: Any) -> None:
     if value not in choices.__args__:
         raise ValueError(f"{name} must be one of {', '.join(choices.__args__)}, got {value!r}")
+
+
+def _check_align(align: Align, *, explicit: bool) -> None:
+    if align in ("auto", "none"):
+        return
+    if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+        raise ValueError(f"align must be a number of tokens of at least 1, auto or none, got {align!r}")
+    if explicit and align > 1:
+        raise ValueError(f"keep_per_block is taken as it is; leave out align={align}")
 
 
 def _check_per_block(keep: tuple[float, ...]) -> None:
@@ -118,6 +133,9 @@ class Plan:
     macs_ratio: float = 1.0
     """MACs over the dense model's, by the formula."""
     calibration_images: int = 0
+    align: int = 1
+    """Tokens per block, prefix included, are multiples of this number; 1 if nothing was aligned. Blocks before the
+    first removal hold all tokens, and the number that leaves the last block may be off to meet a budget."""
     version: int = PLAN_VERSION
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from cpvit.adapters import Host
@@ -12,6 +14,8 @@ from cpvit.macs import CostModel, cost_model
 from cpvit.methods import method_named
 from cpvit.plan import DEFAULT_KEEP_RATE, Plan, PruneConfig
 from cpvit.schedule import (
+    BudgetError,
+    aligned,
     constant,
     constant_fraction,
     halved_at_most,
@@ -22,6 +26,16 @@ from cpvit.schedule import (
     solve_macs,
     stages,
 )
+from cpvit.timing import Tell, Workbench, predict_seconds
+
+ALIGN_CANDIDATES = (4, 8, 16, 32)
+"""Multiples that "auto" tries besides 1: powers of two, as tiles and vector registers are."""
+ALIGN_BATCH = 32
+"""Batch that "auto" measures for unless told otherwise."""
+CPU_BATCH = 16
+"""On a CPU a larger batch only takes longer to measure: which numbers of tokens are good is decided by then."""
+WORTH_IT = 0.98
+"""A coarser multiple must save at least 2% of the predicted time; less is within the error of the measurement."""
 
 
 def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None = None) -> Plan:
@@ -30,6 +44,8 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
     Raises:
         ValueError: Wrong length, an unreachable budget, or calibration needed and not given.
     """
+    if config.align == "auto":
+        config = dataclasses.replace(config, align=best_align(host, config, calibration))
     method = method_named(config.method)
     name = _schedule_name(config, method, calibration)
     shape = _shape(host, name, calibration)
@@ -51,7 +67,56 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
         dial=_dial(config),
         macs_ratio=round(costs.total(patches) / dense.dense, 6),
         calibration_images=calibration.images if calibration else 0,
+        align=_multiple(config),
     )
+
+
+def best_align(
+    host: Host,
+    config: PruneConfig,
+    calibration: Calibration | None = None,
+    *,
+    batch_size: int = ALIGN_BATCH,
+    tell: Tell = lambda _: None,
+) -> int:
+    """What ``align="auto"`` stands for: the multiple whose plan is predicted to be fastest on this machine.
+
+    A block of the model is timed once at aligned and unaligned numbers of tokens (and remembered, see
+    :mod:`cpvit.timing`); every candidate's plan for the budget is priced with those times. A coarser multiple
+    must be worth it. Nothing is measured where nothing is pruned or the counts are given.
+
+    Args:
+        host: An untouched model.
+        config: What is asked for; its ``align`` is ignored.
+        calibration: As for :func:`make_plan`.
+        batch_size: Images per forward to choose for.
+        tell: Told before something is measured, which takes some seconds.
+
+    Raises:
+        ValueError: The configuration does not fit the model, whatever the multiple.
+    """
+    plain = make_plan(host, dataclasses.replace(config, align="none"), calibration)
+    if config.keep_per_block is not None or plain.patches_per_block[-1] == host.num_patches:
+        return 1
+    plans = {1: plain}
+    for multiple in ALIGN_CANDIDATES:
+        with contextlib.suppress(BudgetError):  # too coarse for this model: not a candidate
+            plans[multiple] = make_plan(host, dataclasses.replace(config, align=multiple), calibration)
+    on_cpu = next(host.model.parameters()).device.type == "cpu"
+    batch = min(batch_size, CPU_BATCH) if on_cpu else batch_size
+    bench = Workbench(host, method_named(config.method), batch, tell=tell)
+    schedules = [plan.patches_per_block for plan in plans.values()]
+    seconds = dict(zip(plans, predict_seconds(bench, schedules), strict=True))
+    best = 1
+    for multiple in sorted(seconds):
+        if seconds[multiple] < WORTH_IT * seconds[best]:
+            best = multiple
+    return best
+
+
+def _multiple(config: PruneConfig) -> int:
+    """The number to align to; 1 for none, and for counts that were given."""
+    return config.align if isinstance(config.align, int) else 1
 
 
 def _schedule_name(config: PruneConfig, method: Method, calibration: Calibration | None) -> str:
@@ -81,9 +146,22 @@ def _patches(
         return _explicit(host, config.keep_per_block)
     counts = _family(host, name, shape, costs.method)
     if config.macs is not None:
-        return solve_macs(costs, counts, config.macs * dense, dense)
+        return solve_macs(costs, counts, config.macs * dense, dense, multiple=_multiple(config))
     keep_rate = DEFAULT_KEEP_RATE if config.keep_rate is None else config.keep_rate
-    return solve_last(counts, max(1, round(keep_rate * host.num_patches)))
+    found = solve_last(counts, max(1, round(keep_rate * host.num_patches)))
+    return _aligned(host, found, _multiple(config), costs.method)
+
+
+def _aligned(host: Host, counts: tuple[int, ...], multiple: int, method: Method) -> tuple[int, ...]:
+    if multiple == 1:
+        return counts
+    found = aligned(counts, host.num_prefix, multiple, host.num_patches, halves=method.halves)
+    if found[-1] == host.num_patches > counts[-1]:
+        raise BudgetError(
+            f"align={multiple} leaves nothing to prune in {host.name}, which has {host.num_tokens} tokens; give a "
+            "smaller number, or none"
+        )
+    return found
 
 
 def _family(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from cpvit.macs import CostModel
+from cpvit.macs import Costs
 from cpvit.schedule import constant, halved_at_most, linear_ramp, solve_macs
 
 Counts = tuple[int, ...]
@@ -42,12 +42,13 @@ class SearchResult:
 
 
 class Budget:
-    """Brings shapes to a MACs budget."""
+    """Brings shapes to a budget: a share ``macs`` of ``dense``, in MACs or whatever ``costs`` counts."""
 
-    def __init__(self, costs: CostModel, macs: float, dense: int) -> None:
+    def __init__(self, costs: Costs, macs: float, dense: float, *, multiple: int = 1) -> None:
         self.costs = costs
         self.macs = macs
         self.dense = dense
+        self.multiple = multiple
 
     def counts(self, shape: Shape) -> Counts:
         """Patches leaving each block for this shape, at the budget."""
@@ -58,7 +59,7 @@ class Budget:
             falling = tuple(accumulate(kept, min))
             return halved_at_most(falling, total) if self.costs.method.halves else falling
 
-        return solve_macs(self.costs, at, self.macs * self.dense, self.dense)
+        return solve_macs(self.costs, at, self.macs * self.dense, self.dense, multiple=self.multiple)
 
 
 def search(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from cpvit.adapters import open_host
 from cpvit.calibrate import Calibration
 from cpvit.data import Batches
 from cpvit.environment import Environment, describe_environment
@@ -15,7 +16,7 @@ from cpvit.evaluate import Progress, no_progress, predict
 from cpvit.macs import count_macs
 from cpvit.metrics import agreement, kl_divergence
 from cpvit.plan import Plan, PruneConfig
-from cpvit.prune import prune_, unprune_
+from cpvit.prune import check_plan, prune_, unprune_
 from cpvit.tune import Target, tune
 
 
@@ -57,6 +58,7 @@ def sweep(
     methods: Sequence[str],
     macs: Sequence[float],
     *,
+    plans: Sequence[Plan] = (),
     calibration: Calibration | None = None,
     search_images: Tensor | None = None,
     searched: Sequence[str] = (),
@@ -72,6 +74,7 @@ def sweep(
         batches: Labelled images to evaluate on.
         methods: Names; each with the schedule of its publication unless it is in ``searched``.
         macs: Fractions of the dense MACs.
+        plans: Plans made before, as points of a line of their own for each method ("plan (METHOD)").
         calibration: Makes the schedule of the methods that follow the attention range layer-aware.
         search_images: [B 3 H W] calibration images for the searched plans; must not be among the evaluated.
         searched: Methods whose plan is searched for on ``search_images``.
@@ -79,11 +82,36 @@ def sweep(
         seed: Of the searches.
         progress: Shows each pass.
         on_judged: Told about each search.
+
+    Raises:
+        ValueError: A plan is not for this model, or something does not fit; plans are checked before anything runs.
     """
     unprune_(model)
+    for plan in plans:
+        check_plan(plan, open_host(model))
     dense = predict(model, batches, title="dense", progress=progress)
     dense_macs = count_macs(model)
     points: list[SweepPoint] = []
+
+    def judge(name: str, asked: float, config: PruneConfig | Plan) -> None:
+        plan = prune_(model, config, calibration=calibration, verify=not points)
+        pruned = predict(model, batches, title=f"{name} {asked:g}", progress=progress)
+        points.append(
+            SweepPoint(
+                method=name,
+                macs=asked,
+                macs_ratio=count_macs(model) / dense_macs,
+                top1=pruned.top(1),
+                top5=pruned.top(5),
+                top1_lost=dense.top(1) - pruned.top(1),
+                agreement=agreement(dense, pruned),
+                kl=kl_divergence(dense, pruned),
+                schedule=plan.schedule,
+                plan=plan,
+            )
+        )
+        unprune_(model)
+
     for method in methods:
         for budget in macs:
             title = f"{method} {budget:g}"
@@ -99,23 +127,9 @@ def sweep(
                     on_judged=lambda judged, best, title=title: on_judged(title, judged, best),  # type: ignore[misc]
                 )
                 config = found.plan
-            plan = prune_(model, config, calibration=calibration, verify=not points)
-            pruned = predict(model, batches, title=title, progress=progress)
-            points.append(
-                SweepPoint(
-                    method=method,
-                    macs=budget,
-                    macs_ratio=count_macs(model) / dense_macs,
-                    top1=pruned.top(1),
-                    top5=pruned.top(5),
-                    top1_lost=dense.top(1) - pruned.top(1),
-                    agreement=agreement(dense, pruned),
-                    kl=kl_divergence(dense, pruned),
-                    schedule=plan.schedule,
-                    plan=plan,
-                )
-            )
-            unprune_(model)
+            judge(method, budget, config)
+    for plan in plans:
+        judge(f"plan ({plan.method})", plan.macs_ratio, plan)
     parameter = next(model.parameters())
     return SweepResult(
         model=points[0].plan.model if points else type(model).__name__,

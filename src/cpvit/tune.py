@@ -20,7 +20,7 @@ from cpvit.adapters import Host, open_host
 from cpvit.calibrate import Calibration, calibrate
 from cpvit.cascade import Cascade, install, make_steps, uninstall
 from cpvit.files import write_atomically
-from cpvit.macs import cost_model
+from cpvit.macs import Costs, cost_model
 from cpvit.methods import method_named
 from cpvit.metrics import Predictions, agreement, kl_divergence, logit_distance
 from cpvit.plan import Plan, PruneConfig
@@ -42,12 +42,14 @@ class Target:
     """Largest top-1 loss allowed on the (labelled) calibration images, in points; MACs are minimised."""
     min_agreement: float | None = None
     """Smallest share of calibration images with the dense model's prediction; MACs are minimised."""
+    speedup: float | None = None
+    """Speed-up over the dense model, measured on this machine (:func:`cpvit.speedup.tune_speedup`)."""
 
     def __post_init__(self) -> None:
         given = [name for name, value in dataclasses.asdict(self).items() if value is not None]
         if len(given) != 1:
             raise ValueError(
-                f"give one of macs, max_drop and min_agreement, got {' and '.join(given) or 'none'}"
+                f"give one of macs, max_drop, min_agreement and speedup, got {' and '.join(given) or 'none'}"
             )
         if self.macs is not None and not 0 < self.macs <= 1:
             raise ValueError(f"macs must be a fraction above 0 and at most 1, got {self.macs}")
@@ -55,6 +57,8 @@ class Target:
             raise ValueError(f"max_drop is a loss in points and must be at least 0, got {self.max_drop}")
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise ValueError(f"min_agreement must be a fraction from 0 to 1, got {self.min_agreement}")
+        if self.speedup is not None and self.speedup <= 1:
+            raise ValueError(f"speedup must be above 1, got {self.speedup}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ def tune(
     seed: int = 0,
     memory: Path | None = None,
     on_judged: Callable[[int, float], None] = lambda judged, best: None,
+    multiple: int = 1,
+    costs: Costs | None = None,
 ) -> Tuned:
     """Find the plan of least damage. The model is left untouched.
 
@@ -141,17 +147,21 @@ def tune(
         seed: Of the search.
         memory: File to remember judged schedules in; an interrupted search goes on from it.
         on_judged: Told the number of schedules judged and the least damage (logit distance) so far.
+        multiple: Tokens in every block, prefix included, that the plan shall have multiples of.
+        costs: What ``macs`` is a fraction of, instead of the dense MACs; seconds, say.
 
     Raises:
         ValueError: No labels for ``max_drop``, no head to compare, or the target cannot be reached.
     """
     unprune_(model)
+    if target.speedup is not None:
+        raise ValueError("a speed-up has to be measured: call cpvit.speedup.tune_speedup")
     if target.max_drop is not None and labels is None:
         raise ValueError("max_drop needs labels: give labelled calibration images, or min_agreement instead")
     bench = _Bench(model, images, labels, method, head_keep_rate)
     key = _key(bench, target, images, method, head_keep_rate, seed)
     store = PlanMemory(memory, key)
-    run = _Run(bench, trials, seed, store, on_judged)
+    run = _Run(bench, trials, seed, store, on_judged, multiple, costs)
     tuned = run.at(target.macs) if target.macs is not None else _cheapest(run, target)
     store.forget()
     return tuned
@@ -194,9 +204,9 @@ class _Bench:
         ]
         return Predictions(torch.cat(logits).log_softmax(dim=-1), self.labels)
 
-    def base_plan(self, macs: float) -> Plan:
-        """A plan at the budget, to be given other counts."""
-        config = PruneConfig(method=self.method.name, macs=macs, head_keep_rate=self.head_keep_rate)
+    def base_plan(self) -> Plan:
+        """A plan to be given other counts."""
+        config = PruneConfig(method=self.method.name, head_keep_rate=self.head_keep_rate)
         return make_plan(self.host, config, self.calibration)
 
     def run(self, plan: Plan) -> Predictions:
@@ -225,7 +235,11 @@ class _Run:
         seed: int,
         memory: PlanMemory,
         on_judged: Callable[[int, float], None],
+        multiple: int = 1,
+        costs: Costs | None = None,
     ) -> None:
+        self.multiple = multiple
+        self.costs = costs
         self.bench = bench
         self.trials = trials
         self.seed = seed
@@ -235,7 +249,7 @@ class _Run:
     def at(self, macs: float) -> Tuned:
         """The best plan found for this budget."""
         bench = self.bench
-        plan = bench.base_plan(macs)
+        plan = bench.base_plan()
         heads = None if plan.heads is None else [len(kept) for kept in plan.heads]
         costs = cost_model(bench.host, heads, method=bench.method)
         dense = cost_model(bench.host).dense
@@ -244,7 +258,7 @@ class _Run:
             return logit_distance(bench.dense, bench.run(dataclasses.replace(plan, patches_per_block=counts)))
 
         found = search(
-            Budget(costs, macs, dense),
+            self._budget(macs, costs, dense),
             self.memory.remember(damage),
             starts=starting_shapes(bench.host.depth, layer_aware(bench.calibration.attention_range)),
             trials=self.trials,
@@ -255,7 +269,14 @@ class _Run:
         best = dataclasses.replace(
             plan, patches_per_block=found.patches, schedule="search", macs_ratio=ratio, dial=f"macs={macs:g}"
         )
+        best = dataclasses.replace(best, align=self.multiple)
         return self._tuned(best, found)
+
+    def _budget(self, share: float, macs: Costs, dense: float) -> Budget:
+        """A share of the dense MACs, or of what the given costs count."""
+        if self.costs is None:
+            return Budget(macs, share, dense, multiple=self.multiple)
+        return Budget(self.costs, share, self.costs.dense, multiple=self.multiple)
 
     def _tuned(self, plan: Plan, found: SearchResult) -> Tuned:
         dense, pruned = self.bench.dense, self.bench.run(plan)

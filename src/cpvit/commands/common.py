@@ -185,15 +185,29 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError(f"expected numbers separated by commas, got {text!r}") from None
 
 
-def planned(pruning: PruneConfig, plan: Path | None) -> PruneConfig | Plan:
-    """The plan of a file if one is given, else the configuration.
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """A comma-separated list of whole numbers.
+
+    Raises:
+        ValueError: Something else.
+    """
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError:
+        raise ValueError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+def planned(
+    pruning: PruneConfig, plan: Path | None, *, default: PruneConfig | None = None
+) -> PruneConfig | Plan:
+    """The plan of a file if one is given, else the configuration; ``default`` is what it is if nothing is said.
 
     Raises:
         ValueError: Both are given, or the file is not a plan.
     """
     if plan is None:
         return pruning
-    if pruning != PruneConfig():
+    if pruning != (PruneConfig() if default is None else default):
         raise ValueError(
             "--plan holds the method and every count; leave out --method, --macs, --keep-rate and the like"
         )

@@ -54,6 +54,33 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class EndToEndOptions:
+    """Real images, to time their way from the file to the answer."""
+
+    end_to_end: bool = False
+    """Time decoding and preprocessing along with the forward, on the images of --data."""
+    data: str | None = None
+    """For --end-to-end: a folder of images or of class folders, or a .tar or .tar.gz of one."""
+    split: str | None = None
+    """train, val or test, where the data has several; by default the held-out one."""
+    limit: int | None = None
+    """Use a random sample of this many images."""
+    workers: int = 0
+    """Processes that decode images; 0 decodes in this one, between the forwards."""
+    skip_bad_images: bool = False
+    """Leave unreadable images out instead of stopping."""
+
+    def check(self) -> None:
+        """Raise ValueError if one of the two is given without the other."""
+        if self.end_to_end and self.data is None:
+            raise ValueError("--end-to-end times the way of real images: give --data as well")
+        if self.data is not None and not self.end_to_end:
+            raise ValueError(
+                "--data is for --end-to-end; without it the forward alone is timed, on random images"
+            )
+
+
+@dataclass(frozen=True)
 class PreprocessingOptions:
     """How images become tensors; by default as the model was trained."""
 

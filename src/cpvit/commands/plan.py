@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cpvit.adapters import open_host
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
@@ -22,7 +24,12 @@ from cpvit.commands.options import DataOptions, ModelOptions, PreprocessingOptio
 from cpvit.commands.tables import plan_text
 from cpvit.data import label_map, make_loader
 from cpvit.files import write_atomically
+from cpvit.plan import Align, PruneConfig
+from cpvit.planning import best_align
+from cpvit.speedup import SpeedTuned, tune_speedup
 from cpvit.tune import Target, Tuned, tune
+
+USUAL_MACS = 0.6
 
 
 def run(
@@ -33,33 +40,54 @@ def run(
     out: Path,
     method: str = "cpvit-merge",
     head_keep_rate: float = 1.0,
+    align: Align = "auto",
     trials: int = 120,
+    seconds: float = 10.0,
     json: Path | None = None,
 ) -> None:
     """Search, on calibration images, for the schedule that does the least damage for a budget.
 
-    Interrupt it when you like: the same command line goes on where it stopped.
+    Interrupt it when you like: the same command line goes on where it stopped. With --speedup the budget is time: the
+    blocks are timed on this machine for --batch-size, and the plan is measured before it is written.
 
     Args:
         out: Where to write the plan (JSON); what the search knows is kept beside it until it is done.
         method: What the plan is for.
         head_keep_rate: Fraction of the heads left at the end.
-        trials: Schedules to judge for each MACs budget.
+        align: Make the tokens in every block a multiple of this number; auto measures which is fastest here.
+        trials: Schedules to judge for each budget.
+        seconds: How long to measure a plan for --speedup each time.
         json: Write how good the plan is on the calibration images to this file.
     """
     set_seed(data.seed)
     network = build_model(model, data=data.data)
     images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
     memory = out.with_name(out.name + ".search")
+    settings = _Settings(method, head_keep_rate, align, trials, data.batch_size, data.seed, memory, seconds)
     try:
-        tuned = _search(network, images, labels, target, method, head_keep_rate, trials, data.seed, memory)
+        found = _search(network, images, labels, target, settings)
     except KeyboardInterrupt:
         say(f"stopped; the same command goes on from {memory}")
         raise
+    tuned = found.tuned if isinstance(found, SpeedTuned) else found
     write_atomically(out, tuned.plan.to_json())
     print(_text(tuned))
+    if isinstance(found, SpeedTuned):
+        print(_speed_text(found))
     say(f"plan: {out}")
-    write_record(tuned, json)
+    write_record(found, json)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    method: str
+    head_keep_rate: float
+    align: Align
+    trials: int
+    batch_size: int
+    seed: int
+    memory: Path
+    seconds: float
 
 
 def _images(network: Any, data: DataOptions, preprocessing: PreprocessingOptions, *, labelled: bool) -> Any:
@@ -79,34 +107,44 @@ def _images(network: Any, data: DataOptions, preprocessing: PreprocessingOptions
 
 
 def _search(
-    network: Any,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    target: Target,
-    method: str,
-    head_keep_rate: float,
-    trials: int,
-    seed: int,
-    memory: Path,
-) -> Tuned:
+    network: Any, images: torch.Tensor, labels: torch.Tensor | None, target: Target, settings: _Settings
+) -> Tuned | SpeedTuned:
     with progress_bar() as bar:
-        task = bar.add_task("search", total=trials)
+        task = bar.add_task("search", total=settings.trials)
 
         def judged(count: int, best: float) -> None:
-            bar.update(task, completed=count, description=f"KL {best:.4f}")
+            bar.update(task, completed=count, description=f"distance {best:.4f}")
 
-        return tune(
-            network,
-            images,
-            target,
-            method=method,
-            head_keep_rate=head_keep_rate,
-            labels=labels,
-            trials=trials,
-            seed=seed,
-            memory=memory,
-            on_judged=judged,
-        )
+        common: dict[str, Any] = {
+            "method": settings.method,
+            "head_keep_rate": settings.head_keep_rate,
+            "trials": settings.trials,
+            "seed": settings.seed,
+            "memory": settings.memory,
+            "on_judged": judged,
+        }
+        if target.speedup is not None:
+            return tune_speedup(
+                network,
+                images,
+                target.speedup,
+                batch_size=settings.batch_size,
+                align=settings.align,
+                seconds=settings.seconds,
+                tell=say,
+                **common,
+            )
+        multiple = _multiple(network, target, settings)
+        return tune(network, images, target, labels=labels, multiple=multiple, **common)
+
+
+def _multiple(network: Any, target: Target, settings: _Settings) -> int:
+    """Tokens to align to; for an accuracy to hold, the multiple that is fastest at a usual budget."""
+    if settings.align != "auto":
+        return settings.align if isinstance(settings.align, int) else 1
+    macs = USUAL_MACS if target.macs is None else target.macs
+    config = PruneConfig(method=settings.method, macs=macs)
+    return best_align(open_host(network), config, batch_size=settings.batch_size, tell=say)
 
 
 def _text(tuned: Tuned) -> str:
@@ -119,4 +157,12 @@ def _text(tuned: Tuned) -> str:
             f"{tuned.judged} schedules judged",
             plan_text(tuned.plan),
         ]
+    )
+
+
+def _speed_text(found: SpeedTuned) -> str:
+    got = found.speedup
+    return (
+        f"measured at batch {found.batch_size} in {found.environment.dtype} on {found.environment.device_name}: "
+        f"{got.median:.2f}x ({got.p10:.2f}x to {got.p90:.2f}x), {found.wanted:g}x wanted"
     )

@@ -23,6 +23,7 @@ from cpvit.commands.common import (
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import table
 from cpvit.data import find_samples, make_loader
+from cpvit.plan import Plan
 from cpvit.sweep import SweepResult, plot_sweep, sweep
 
 
@@ -35,6 +36,7 @@ def run(
     macs: str = "0.9,0.8,0.7,0.6,0.5,0.4",
     searched: str = "",
     trials: int = 120,
+    plans: str = "",
     plot: Path | None = None,
     json: Path | None = None,
 ) -> None:
@@ -45,12 +47,14 @@ def run(
         macs: Fractions of the dense MACs, separated by commas.
         searched: Methods whose schedule is searched for on the calibration images, separated by commas.
         trials: Schedules to judge in each search.
+        plans: Files written by ``cpvit plan``, separated by commas: rows and a line of their own.
         plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)
     if searched and calibration.calibration is None:
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
+    loaded = [Plan.load(path) for path in words(plans)]
     network = build_model(model, data=data.data)
     batches = build_batches(network, data, preprocessing)
     images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
@@ -65,6 +69,7 @@ def run(
             batches,
             words(methods),
             numbers(macs),
+            plans=loaded,
             calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
             search_images=images,
             searched=words(searched),

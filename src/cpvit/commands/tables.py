@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpvit.benchmark import BenchmarkResult
+from cpvit.benchmark import BenchmarkResult, Comparison, Timing
 from cpvit.evaluate import EvalResult
 from cpvit.plan import Plan
 
@@ -49,8 +49,9 @@ def eval_text(result: EvalResult) -> str:
 def plan_text(plan: Plan) -> str:
     """What leaves each block, and where the schedule comes from."""
     images = f" on {plan.calibration_images} images" if plan.calibration_images else ""
+    align = f", align {plan.align}" if plan.align > 1 else ""
     lines = [
-        f"method {plan.method}, {plan.dial}, schedule {plan.schedule}{images}",
+        f"method {plan.method}, {plan.dial}, schedule {plan.schedule}{images}{align}",
         f"tokens leaving each block: {_numbers(plan.tokens_per_block)} (of {plan.num_prefix + plan.num_patches})",
     ]
     if plan.mask_heads is not None:
@@ -71,26 +72,75 @@ def _numbers(values: Sequence[int]) -> str:
 def benchmark_text(result: BenchmarkResult) -> str:
     """Dense and pruned speed, and whether the clock followed the count."""
     rows = [
-        [
-            name,
-            f"{side.images_per_s:.1f}",
-            f"{side.latency_ms.median:.1f}",
-            f"{side.latency_ms.p10:.1f}",
-            f"{side.latency_ms.p90:.1f}",
-            f"{side.macs / 1e9:.3f}",
-            f"{side.peak_memory_mib:.0f}",
-        ]
+        [name, *_timing_cells(side), f"{side.macs / 1e9:.3f}", f"{side.peak_memory_mib:.0f}"]
         for name, side in (("dense", result.dense), ("pruned", result.pruned))
     ]
-    environment = result.environment
-    verdict = "" if result.speedup > 1.02 else "; no time was gained here"
+    spread = result.speedup_by_round
+    verdict = "" if result.verdict == "faster" else f"; {_NO_GAIN[result.verdict]}"
     return "\n".join(
         [
-            f"{result.model}, batch {result.batch_size}, {environment.dtype} on {environment.device} "
-            f"({environment.device_name}, {environment.threads} threads), {result.rounds} rounds in turn",
-            table(["", "images/s", "ms median", "ms p10", "ms p90", "GMACs", "peak MiB"], rows),
+            _setting(result),
+            table(["", *_TIMING_COLUMNS, "GMACs", "peak MiB"], rows),
             f"speed-up {result.speedup:.2f}x for {100 * result.macs_ratio:.1f}% of the MACs: "
             f"efficiency {result.efficiency:.2f}{verdict}",
+            f"speed-up by round: median {spread.median:.2f}x, p10 {spread.p10:.2f}x, p90 {spread.p90:.2f}x",
             plan_text(result.plan),
         ]
     )
+
+
+_NO_GAIN = {"gained nothing": "no time was gained here", "slower": "slower than dense here"}
+_TIMING_COLUMNS = ("images/s", "ms median", "ms p10", "ms p90")
+
+
+def _setting(result: BenchmarkResult | Comparison) -> str:
+    environment = result.environment
+    way = ", decoding and preprocessing included" if result.end_to_end else ""
+    return (
+        f"{result.model}, batch {result.batch_size}, {environment.dtype} on {environment.device} "
+        f"({environment.device_name}, {environment.threads} threads), {result.rounds} rounds in turn{way}"
+    )
+
+
+def _timing_cells(side: Timing) -> list[str]:
+    latency = side.latency_ms
+    return [f"{value:.1f}" for value in (side.images_per_s, latency.median, latency.p10, latency.p90)]
+
+
+def comparison_text(result: Comparison) -> str:
+    """One setting: a row for the dense model and one for each method."""
+    rows = [["dense", *_timing_cells(result.dense), "", "", "", "", "", "", _mib(result.dense), ""]]
+    rows += [
+        [
+            row.name,
+            *_timing_cells(row.timing),
+            *(f"{value:.2f}x" for value in (row.speedup.median, row.speedup.p10, row.speedup.p90)),
+            f"{row.macs_ratio:.3f}",
+            f"{row.efficiency:.2f}",
+            str(row.plan.align) if row.plan.align > 1 else "none",
+            _mib(row.timing),
+            row.verdict,
+        ]
+        for row in result.rows
+    ]
+    size = "x".join(str(side) for side in result.image_size)
+    columns = ["", *_TIMING_COLUMNS, "speed-up", "p10", "p90", "MACs", "efficiency", "align", "peak MiB"]
+    failed = [f"{unfit.name}: not run, {unfit.error}" for unfit in result.unfit]
+    return "\n".join([f"images {size}, {_setting(result)}", table([*columns, "verdict"], rows), *failed])
+
+
+def _mib(side: Timing) -> str:
+    return f"{side.peak_memory_mib:.0f}"
+
+
+def gains_text(results: Sequence[Comparison]) -> str:
+    """How many runs were faster, and by name those that gained nothing."""
+    runs = [(result, row) for result in results for row in result.rows]
+    idle = [
+        f"{row.name} at {result.image_size[0]}x{result.image_size[1]}, batch {result.batch_size}, "
+        f"{result.environment.dtype} ({row.verdict}: {row.speedup.p10:.2f}x to {row.speedup.p90:.2f}x)"
+        for result, row in runs
+        if row.verdict != "faster"
+    ]
+    count = f"{len(runs) - len(idle)} of {len(runs)} runs were faster than dense"
+    return f"{count}; not faster: {'; '.join(idle)}" if idle else count

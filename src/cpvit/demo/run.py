@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpvit.benchmark import interleave
 from cpvit.demo.digits import GRID, cluttered_digits, load_digits_model, to_unit
 from cpvit.macs import count_macs
 from cpvit.plan import Plan, PruneConfig, ScheduleName
 from cpvit.prune import prune_, record
+from cpvit.timing import interleave
 from cpvit.visualize import draw_survivors
 
 _BATCH = 32
