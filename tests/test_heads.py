@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cpvit import PruneConfig, prune_, unprune_
 from cpvit.adapters import open_host
 from cpvit.evaluate import count_params
-from cpvit.heads import HeadOutputs, SlicedHeads, choose_heads, corrected_projection, head_index
+from cpvit.heads import HeadOutputs, SlicedHeads, choose_heads, corrected_projection, head_index, least_missed
 
 
 def test_heads_go_by_their_accumulated_score() -> None:
@@ -168,3 +168,11 @@ def test_a_plan_that_does_not_fit_leaves_the_corrected_heads_in_force(
 
 def model_depth(model: nn.Module) -> int:
     return len(open_host(model).blocks)
+
+
+def test_the_heads_that_are_missed_least_go_and_every_block_keeps_one() -> None:
+    damage = {(0, 0): 0.1, (0, 1): 0.2, (0, 2): 0.3, (1, 0): 9.0, (1, 1): 8.0, (1, 2): 7.0}
+    assert least_missed(damage, 1.0) == ((0, 1, 2), (0, 1, 2))
+    assert least_missed(damage, 2 / 3) == ((2,), (0, 1, 2))
+    assert least_missed(damage, 0.5) == ((2,), (0, 1))
+    assert least_missed(damage, 0.01) == ((2,), (0,))

@@ -27,7 +27,20 @@ def common(tmp_path_factory: pytest.TempPathFactory, tiny_tar: Path) -> list[str
 
 def test_a_plan_is_made_and_then_applied(common: list[str], tmp_path: Path, capsys: Any) -> None:
     out, record = tmp_path / "plan.json", tmp_path / "record.json"
-    made = ["plan", *common, "--limit", "6", "--macs", "0.6", "--trials", "6", "--out", str(out)]
+    made = [
+        "plan",
+        *common,
+        "--limit",
+        "6",
+        "--macs",
+        "0.6",
+        "--trials",
+        "6",
+        "--align",
+        "none",
+        "--out",
+        str(out),
+    ]
     assert main(made) == 0
     assert "6 schedules judged" in capsys.readouterr().out
     plan = Plan.load(out)

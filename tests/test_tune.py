@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,32 @@ def test_a_target_that_cannot_be_held_says_how_far_off_it_is(monkeypatch: pytest
 def test_without_a_classification_head_there_is_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match=r"has no classification head to compare predictions of"):
         tune(tiny_vit(num_classes=1), images(), Target(macs=0.6), trials=2)
+
+
+def test_heads_that_do_nothing_are_the_ones_to_go_and_the_plan_is_corrected() -> None:
+    model = tiny_vit(depth=4)
+    idle = [(0, 3), (1, 1), (1, 4), (3, 0)]
+    with torch.no_grad():
+        for block, head in idle:
+            model.blocks[block].attn.proj.weight[:, 6 * head : 6 * head + 6] = 0
+    dense = model(images())
+    tuned = tune(model, images(), Target(macs=0.85), head_keep_rate=0.8, trials=3)
+    assert tuned.plan.heads == ((0, 1, 2, 4), (0, 2, 3), (0, 1, 2, 3, 4), (1, 2, 3, 4))
+    assert tuned.plan.head_correction
+    assert torch.equal(model(images()), dense), "the model is left untouched"
+    prune_(model, tuned.plan, calibration=images())
+    assert count_macs(model) < 0.86 * count_macs(tiny_vit(depth=4))
+
+
+def test_the_papers_choice_of_heads_is_the_cascade() -> None:
+    plan = tune(
+        tiny_vit(depth=4),
+        images(),
+        Target(macs=0.6),
+        head_keep_rate=0.6,
+        head_choice="cascade",
+        trials=2,
+    ).plan
+    assert plan.heads is not None
+    assert not plan.head_correction
+    assert all(set(later) <= set(earlier) for earlier, later in itertools.pairwise(plan.heads))

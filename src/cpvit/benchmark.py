@@ -266,6 +266,8 @@ class _Stage:
             host = open_host(self.model)
             align = best_align(host, config, calibration, batch_size=len(self.images), tell=tell)
             config = dataclasses.replace(config, align=align)
+        if isinstance(config, Plan) and calibration is None:
+            config = config.uncorrected  # other values in the projections, the same time
         shared = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
         pruned = copy.deepcopy(self.model, shared)
         return _Pruned(name, pruned, prune_(pruned, config, calibration=calibration))

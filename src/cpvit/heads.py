@@ -8,7 +8,7 @@ costs nothing at run time: it is added to the columns of the projection that sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -34,6 +34,24 @@ def choose_heads(scores: Sequence[Sequence[float]], keep: Sequence[int]) -> tupl
         alive = sorted(sorted(alive, key=lambda head: (-total[head], head))[:count])
         chosen.append(tuple(alive))
     return tuple(chosen)
+
+
+def least_missed(damage: Mapping[tuple[int, int], float], share: float) -> tuple[tuple[int, ...], ...]:
+    """Heads kept in every block when those go that are missed least; every block keeps one.
+
+    Args:
+        damage: (block, head) -> damage done by losing that head alone, for every head.
+        share: Fraction of all heads to keep.
+    """
+    kept: dict[int, set[int]] = {}
+    for block, head in damage:
+        kept.setdefault(block, set()).add(head)
+    going = len(damage) - round(share * len(damage))
+    for block, head in sorted(damage, key=lambda place: (damage[place], place)):
+        if going > 0 and len(kept[block]) > 1:
+            kept[block].discard(head)
+            going -= 1
+    return tuple(tuple(sorted(kept[block])) for block in sorted(kept))
 
 
 class HeadOutputs(NamedTuple):

@@ -25,7 +25,7 @@ from cpvit.prune import unprune_
 from cpvit.schedule import BudgetError, aligned, constant
 from cpvit.search import Budget, Counts
 from cpvit.timing import Tell, TimeModel, Workbench, time_model
-from cpvit.tune import Target, Tuned, tune
+from cpvit.tune import HeadChoice, Target, Tuned, tune
 
 CLOSE = 1.03
 """The budget is good enough to search with when a plan at it is at most 3% faster than wanted."""
@@ -63,6 +63,7 @@ def tune_speedup(
     batch_size: int = 32,
     method: str = "cpvit-merge",
     head_keep_rate: float = 1.0,
+    head_choice: HeadChoice = "damage",
     align: Align = "auto",
     trials: int = 120,
     searches: int = 3,
@@ -81,7 +82,8 @@ def tune_speedup(
         speedup: Dense over pruned time wanted.
         batch_size: Images per forward that the speed-up is for.
         method: What the plan is for.
-        head_keep_rate: Fraction of the heads left at the end.
+        head_keep_rate: Fraction of the heads left.
+        head_choice: As in :func:`cpvit.tune.tune`.
         align: As in :class:`cpvit.PruneConfig`.
         trials: Schedules to judge in each search.
         searches: How often to search at most.
@@ -118,6 +120,7 @@ def tune_speedup(
                 Target(macs=share),
                 method=method,
                 head_keep_rate=head_keep_rate,
+                head_choice=head_choice,
                 trials=trials,
                 seed=seed,
                 memory=memory,

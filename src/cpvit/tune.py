@@ -11,7 +11,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from cpvit.adapters import Host, open_host
 from cpvit.calibrate import Calibration, calibrate
 from cpvit.cascade import Cascade, install, make_steps, uninstall
 from cpvit.files import write_atomically
+from cpvit.heads import least_missed
 from cpvit.macs import Costs, cost_model
 from cpvit.methods import method_named
 from cpvit.metrics import Predictions, agreement, kl_divergence, logit_distance
@@ -30,6 +33,10 @@ from cpvit.schedule import BudgetError, layer_aware
 from cpvit.search import Budget, Counts, SearchResult, search, starting_shapes
 
 BATCH = 32
+HEAD_IMAGES = 32
+"""Images that each head is judged on alone; a head is one judgement, and there are many."""
+
+HeadChoice: TypeAlias = Literal["damage", "cascade"]
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,14 @@ class PlanMemory:
 
     def remember(self, judge: Callable[[Counts], float]) -> Callable[[Counts], float]:
         """The same judge, but what is known is not judged again."""
+        return lambda counts: self.recall(" ".join(str(count) for count in counts), lambda: judge(counts))
 
-        def remembered(counts: Counts) -> float:
-            name = " ".join(str(count) for count in counts)
-            if name not in self.known:
-                self.known[name] = judge(counts)
-                self._write()
-            return self.known[name]
-
-        return remembered
+    def recall(self, name: str, judge: Callable[[], float]) -> float:
+        """What is known under a name, found out if it is not."""
+        if name not in self.known:
+            self.known[name] = judge()
+            self._write()
+        return self.known[name]
 
     def _write(self) -> None:
         if self.path is not None:
@@ -126,6 +132,7 @@ def tune(
     *,
     method: str = "cpvit-merge",
     head_keep_rate: float = 1.0,
+    head_choice: HeadChoice = "damage",
     labels: Tensor | None = None,
     trials: int = 120,
     seed: int = 0,
@@ -141,7 +148,9 @@ def tune(
         images: [B 3 H W] calibration images; 64 to 256 serve well.
         target: MACs to spend, or accuracy to hold.
         method: What the plan is for.
-        head_keep_rate: Fraction of the heads left at the end (decided by the cumulative head score).
+        head_keep_rate: Fraction of the heads left.
+        head_choice: "damage" cuts the heads that are missed least, each judged alone, and makes up for them (see
+            :mod:`cpvit.heads`); "cascade" is the paper's cumulative score, with this fraction left at the end.
         labels: [B], needed for ``max_drop``.
         trials: Schedules to judge for each MACs budget.
         seed: Of the search.
@@ -159,19 +168,21 @@ def tune(
     if target.max_drop is not None and labels is None:
         raise ValueError("max_drop needs labels: give labelled calibration images, or min_agreement instead")
     bench = _Bench(model, images, labels, method, head_keep_rate)
-    key = _key(bench, target, images, method, head_keep_rate, seed)
-    store = PlanMemory(memory, key)
-    run = _Run(bench, trials, seed, store, on_judged, multiple, costs)
+    store = PlanMemory(
+        memory, _key(bench, target, images, (method, head_keep_rate, head_choice, multiple, seed))
+    )
+    plan = bench.base_plan() if head_choice == "cascade" else bench.plan_by_damage(store)
+    run = _Run(bench, plan, trials, seed, store, on_judged, multiple, costs)
     tuned = run.at(target.macs) if target.macs is not None else _cheapest(run, target)
     store.forget()
     return tuned
 
 
-def _key(bench: _Bench, target: Target, images: Tensor, method: str, heads: float, seed: int) -> str:
+def _key(bench: _Bench, target: Target, images: Tensor, settings: tuple[object, ...]) -> str:
     """What a memory is good for: the same model, weights, images and question."""
     digest = hashlib.sha256(images.cpu().numpy().tobytes())
     digest.update(bench.dense.log_probs.numpy().tobytes())
-    question = ("logit distance", bench.host.name, method, heads, seed, dataclasses.asdict(target))
+    question = ("logit distance", bench.host.name, *settings, dataclasses.asdict(target))
     return f"{digest.hexdigest()[:16]} {question}"
 
 
@@ -195,32 +206,66 @@ class _Bench:
             )
 
     @torch.inference_mode()
-    def predict(self) -> Predictions:
-        """Run the images through the model as it is."""
+    def predict(self, images: int | None = None) -> Predictions:
+        """Run the (first) images through the model as it is."""
         parameter = next(self.model.parameters())
         logits = [
             self.host.output(self.model(batch.to(parameter.device, parameter.dtype))).float().cpu()
-            for batch in self.images.split(BATCH)
+            for batch in self.images[:images].split(BATCH)
         ]
-        return Predictions(torch.cat(logits).log_softmax(dim=-1), self.labels)
+        labels = None if self.labels is None else self.labels[:images]
+        return Predictions(torch.cat(logits).log_softmax(dim=-1), labels)
 
     def base_plan(self) -> Plan:
         """A plan to be given other counts."""
-        config = PruneConfig(method=self.method.name, head_keep_rate=self.head_keep_rate)
+        return self._plan(self.head_keep_rate)
+
+    def _plan(self, head_keep_rate: float) -> Plan:
+        config = PruneConfig(method=self.method.name, head_keep_rate=head_keep_rate)
         return make_plan(self.host, config, self.calibration)
 
-    def run(self, plan: Plan) -> Predictions:
-        """Predictions under a plan."""
+    def plan_by_damage(self, memory: PlanMemory) -> Plan:
+        """The same, without the heads that are missed least."""
+        plan = self._plan(1.0)
+        if self.head_keep_rate == 1:
+            return plan
+        heads = [tuple(range(count)) for count in plan.num_heads]
+        whole = dataclasses.replace(
+            plan,
+            patches_per_block=(plan.num_patches,) * self.host.depth,
+            heads=tuple(heads),
+            head_correction=True,
+        )
+        few = dataclasses.replace(self.dense, log_probs=self.dense.log_probs[:HEAD_IMAGES])
+
+        def alone(block: int, head: int) -> float:
+            left = tuple(other for other in heads[block] if other != head)
+            kept = (*heads[:block], left, *heads[block + 1 :])
+            without = dataclasses.replace(whole, heads=tuple(kept))
+            return logit_distance(few, self.run(without, images=HEAD_IMAGES))
+
+        damage = {
+            (block, head): memory.recall(f"without head {head} of block {block}", partial(alone, block, head))
+            for block, count in enumerate(plan.num_heads)
+            if count > 1
+            for head in range(count)
+        }
+        return dataclasses.replace(
+            plan, heads=least_missed(damage, self.head_keep_rate), head_correction=True
+        )
+
+    def run(self, plan: Plan, images: int | None = None) -> Predictions:
+        """Predictions under a plan, on the first of the images or all."""
         if plan.heads is not None:
             prune_(self.model, plan, calibration=self.calibration, verify=False)
             try:
-                return self.predict()
+                return self.predict(images)
             finally:
                 unprune_(self.model)
         steps = make_steps(self.method, plan.patches_per_block, plan.num_patches)
         install(self.host, Cascade(self.host, self.method, steps))
         try:
-            return self.predict()
+            return self.predict(images)
         finally:
             uninstall(self.host)
 
@@ -231,6 +276,7 @@ class _Run:
     def __init__(
         self,
         bench: _Bench,
+        plan: Plan,
         trials: int,
         seed: int,
         memory: PlanMemory,
@@ -241,6 +287,7 @@ class _Run:
         self.multiple = multiple
         self.costs = costs
         self.bench = bench
+        self.plan = plan
         self.trials = trials
         self.seed = seed
         self.memory = memory
@@ -248,8 +295,7 @@ class _Run:
 
     def at(self, macs: float) -> Tuned:
         """The best plan found for this budget."""
-        bench = self.bench
-        plan = bench.base_plan()
+        bench, plan = self.bench, self.plan
         heads = None if plan.heads is None else [len(kept) for kept in plan.heads]
         costs = cost_model(bench.host, heads, method=bench.method)
         dense = cost_model(bench.host).dense

@@ -112,8 +112,8 @@ def build_calibration(
     elif fallback is not None:
         source = open_source(fallback)
         say(
-            f"calibration: no --calibration given, so the heads are chosen on {options.calibration_limit} of the "
-            "evaluated images (no labels used); give --calibration to keep the two apart"
+            "calibration: no --calibration given, so what the heads need is measured on "
+            f"{options.calibration_limit} of the evaluated images (no labels used); give --calibration to keep the two apart"
         )
     else:
         return None
@@ -195,6 +195,13 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in words(text))
     except ValueError:
         raise ValueError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+def heads_need_images(config: PruneConfig | Plan) -> bool:
+    """Whether heads are to be chosen, or made up for, on calibration images."""
+    if isinstance(config, Plan):
+        return config.head_correction
+    return config.head_keep_rate < 1 and config.head_mode == "slice"
 
 
 def planned(

@@ -8,6 +8,7 @@ from cpvit.commands.common import (
     build_batches,
     build_calibration,
     build_model,
+    heads_need_images,
     planned,
     progress,
     set_seed,
@@ -37,16 +38,14 @@ def run(
     set_seed(data.seed)
     network = build_model(model, data=data.data)
     batches = build_batches(network, data, preprocessing)
-    heads_need_images = pruning.head_keep_rate < 1 and pruning.head_mode == "slice"
+    config = planned(pruning, plan)
     statistics = build_calibration(
         network,
         calibration,
         preprocessing,
         seed=data.seed,
-        fallback=data if heads_need_images else None,
+        fallback=data if heads_need_images(config) else None,
     )
-    result = evaluate(
-        network, batches, planned(pruning, plan), calibration=statistics, seed=data.seed, progress=progress
-    )
+    result = evaluate(network, batches, config, calibration=statistics, seed=data.seed, progress=progress)
     print(eval_text(result))
     write_record(result, json)

@@ -27,7 +27,7 @@ from cpvit.files import write_atomically
 from cpvit.plan import Align, PruneConfig
 from cpvit.planning import best_align
 from cpvit.speedup import SpeedTuned, tune_speedup
-from cpvit.tune import Target, Tuned, tune
+from cpvit.tune import HeadChoice, Target, Tuned, tune
 
 USUAL_MACS = 0.6
 
@@ -40,6 +40,7 @@ def run(
     out: Path,
     method: str = "cpvit-merge",
     head_keep_rate: float = 1.0,
+    head_choice: HeadChoice = "damage",
     align: Align = "auto",
     trials: int = 120,
     seconds: float = 10.0,
@@ -53,7 +54,8 @@ def run(
     Args:
         out: Where to write the plan (JSON); what the search knows is kept beside it until it is done.
         method: What the plan is for.
-        head_keep_rate: Fraction of the heads left at the end.
+        head_keep_rate: Fraction of the heads left.
+        head_choice: Cut the heads that are missed least and make up for them (damage), or the paper's (cascade).
         align: Make the tokens in every block a multiple of this number; auto measures which is fastest here.
         trials: Schedules to judge for each budget.
         seconds: How long to measure a plan for --speedup each time.
@@ -63,7 +65,9 @@ def run(
     network = build_model(model, data=data.data)
     images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
     memory = out.with_name(out.name + ".search")
-    settings = _Settings(method, head_keep_rate, align, trials, data.batch_size, data.seed, memory, seconds)
+    settings = _Settings(
+        method, head_keep_rate, head_choice, align, trials, data.batch_size, data.seed, memory, seconds
+    )
     try:
         found = _search(network, images, labels, target, settings)
     except KeyboardInterrupt:
@@ -82,6 +86,7 @@ def run(
 class _Settings:
     method: str
     head_keep_rate: float
+    head_choice: HeadChoice
     align: Align
     trials: int
     batch_size: int
@@ -118,6 +123,7 @@ def _search(
         common: dict[str, Any] = {
             "method": settings.method,
             "head_keep_rate": settings.head_keep_rate,
+            "head_choice": settings.head_choice,
             "trials": settings.trials,
             "seed": settings.seed,
             "memory": settings.memory,

@@ -59,7 +59,7 @@ def _with_plan(network: nn.Module, plan: Plan, result: Verification) -> PlanVeri
         VerificationError: It does not cost what it says.
     """
     dense = count_macs(network)
-    prune_(network, plan, verify=False)
+    prune_(network, plan.uncorrected, verify=False)
     ratio = count_macs(network) / dense
     unprune_(network)
     if abs(ratio - plan.macs_ratio) > MACS_ERROR:
