@@ -34,8 +34,8 @@ ALIGN_BATCH = 32
 """Batch that "auto" measures for unless told otherwise."""
 CPU_BATCH = 16
 """On a CPU a larger batch only takes longer to measure: which numbers of tokens are good is decided by then."""
-WORTH_IT = 0.98
-"""A coarser multiple must save at least 2% of the predicted time; less is within the error of the measurement."""
+WORTH_IT = 0.95
+"""A coarser multiple must save at least 5% of the predicted time: it fits the images less well too."""
 
 
 def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None = None) -> Plan:

@@ -113,7 +113,8 @@ def build_calibration(
         source = open_source(fallback)
         say(
             "calibration: no --calibration given, so what the heads need is measured on "
-            f"{options.calibration_limit} of the evaluated images (no labels used); give --calibration to keep the two apart"
+            f"{options.calibration_limit} of the evaluated images (no labels used); give --calibration to keep the "
+            "two apart"
         )
     else:
         return None
