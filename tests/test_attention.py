@@ -125,7 +125,57 @@ def test_the_fused_route_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     attend(inputs())
     assert len(calls) == 1
-    attend(inputs(), evidence="class")
+    attend(trainable(inputs()), evidence="class")
     assert len(calls) == 2
     attend(inputs(), evidence="max")
+    attend(inputs(), evidence="class")
+    attend(trainable(inputs()), evidence="max")
     assert len(calls) == 2
+
+
+def trainable(given: AttentionInputs) -> AttentionInputs:
+    """Inputs that autograd follows: buffers must then not be written in place."""
+    return given._replace(query=given.query.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["max", "class"])
+@pytest.mark.parametrize("num_prefix", [0, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_autograd_sees_what_inference_computes(kind: str, num_prefix: int, bias: bool) -> None:
+    given = inputs(bias=bias)
+    plain = attend(given, evidence=kind, num_prefix=num_prefix)
+    followed = attend(trainable(given), evidence=kind, num_prefix=num_prefix)
+    torch.testing.assert_close(plain.out, followed.out, **EXACT)
+    torch.testing.assert_close(plain.evidence, followed.evidence, **EXACT)
+    assert followed.out.requires_grad
+    assert followed.evidence.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (3, 4), (2, 4)])
+def test_heads_are_done_in_groups_where_one_image_is_too_large(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    images, heads = shape
+    given = inputs(batch=3, heads=4, bias=True)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", images * heads * 9 * 9 * 8)
+    pieces = attend(given, evidence="max")
+    torch.testing.assert_close(pieces.out, matrix(given) @ given.value, **EXACT)
+    torch.testing.assert_close(pieces.evidence, matrix(given).amax(2), **EXACT)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_number_of_tokens_lets_the_padding_count(tokens: int, dtype: torch.dtype) -> None:
+    given = inputs(tokens=tokens)
+    low = given._replace(
+        query=given.query.to(dtype), key=given.key.to(dtype), value=torch.ones_like(given.value, dtype=dtype)
+    )
+    got = attend(low, evidence="class", num_prefix=0)
+    assert got.evidence.shape == (3, 2, tokens)
+    close = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(got.out, torch.ones_like(low.value), **close)
+    torch.testing.assert_close(got.evidence.sum(-1), torch.ones(3, 2, dtype=dtype), **close)
+
+
+def test_the_output_joins_its_heads_without_a_copy() -> None:
+    assert attend(inputs(), evidence="max").out.transpose(1, 2).is_contiguous()

@@ -18,7 +18,7 @@ from cpvit.macs import count_macs
 from cpvit.methods import METHODS, method_named
 from cpvit.methods.cpvit_merge import FLOOR
 from cpvit.methods.merging import merge
-from cpvit.methods.tome import deal
+from cpvit.methods.tome import sides
 
 MERGING = [name for name, method in METHODS.items() if method.merges]
 
@@ -234,6 +234,6 @@ def test_merging_keeps_the_sum_over_all_patches() -> None:
 
 @pytest.mark.parametrize(("prefix", "first"), [(0, 0), (1, 1), (2, 0), (5, 1)])
 def test_sides_alternate_by_place_with_the_prefix_counted(prefix: int, first: int) -> None:
-    sides = deal(7, prefix, torch.device("cpu"))
-    assert sides.first.tolist() == list(range(first, 7, 2))
-    assert sorted([*sides.first.tolist(), *sides.second.tolist()]) == list(range(7))
+    one, other = sides(torch.arange(7)[None], prefix)
+    assert one[0].tolist() == list(range(first, 7, 2))
+    assert sorted([*one[0].tolist(), *other[0].tolist()]) == list(range(7))

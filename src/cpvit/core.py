@@ -160,24 +160,34 @@ def highest(score: Tensor, keep: int) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]."""
-    shape = index.shape + (1,) * (values.dim() - 2)
-    return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))
+    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]. Whole rows are copied, where there are any."""
+    if values.dim() == 2:
+        return values.gather(1, index)
+    return values.flatten(0, 1).index_select(0, flat_rows(index, values.shape[1])).unflatten(0, index.shape)
+
+
+def flat_rows(index: Tensor, rows: int) -> Tensor:
+    """Where row ``index`` [B k] of each image lies once images of ``rows`` rows follow one another: [B*k]."""
+    first = torch.arange(index.shape[0], device=index.device) * rows
+    return (index + first.unsqueeze(1)).flatten()
 
 
 def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple[Tensor, TokenState]:
     """Let every patch outside ``kept`` [B k] leave: x [B P+n C] -> [B P+k C]. Prefix tokens always stay."""
-    rows = torch.cat([_prefix_rows(kept, num_prefix), kept + num_prefix], dim=1) if num_prefix else kept
     state = _remember_departing(x, state, num_prefix)
-    return take(x, rows), state._replace(
+    return take_tokens(x, kept, num_prefix), state._replace(
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
         size=None if state.size is None else take(state.size, kept),
     )
 
 
-def _prefix_rows(kept: Tensor, num_prefix: int) -> Tensor:
-    return torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], num_prefix)
+def take_tokens(x: Tensor, patches: Tensor, num_prefix: int) -> Tensor:
+    """The prefix and the given patches [B k]: x [B P+n C] -> [B P+k C]."""
+    if not num_prefix:
+        return take(x, patches)
+    prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], num_prefix)
+    return take(x, torch.cat([prefix, patches + num_prefix], dim=1))
 
 
 def _remember_departing(x: Tensor, state: TokenState, num_prefix: int) -> TokenState:
@@ -250,6 +260,21 @@ def run_block(
     Returns:
         Tokens [B P+keep C], the new state, and the attention [B H N N] if watched.
     """
+    x, state, probs = _attend(view, method, step, x, state, num_prefix, extra, watch)
+    return view.mlp_residual(x), state, probs
+
+
+def _attend(
+    view: BlockView,
+    method: Method,
+    step: BlockStep,
+    x: Tensor,
+    state: TokenState,
+    num_prefix: int,
+    extra: HostArguments,
+    watch: bool,
+) -> tuple[Tensor, TokenState, Tensor | None]:
+    """The first half of the block. Apart, so that query, key and value are gone when the MLP starts."""
     inputs = view.attention_inputs(x, state.positions if step.pruned else None, extra)
     attended = attend(
         inputs,
@@ -262,7 +287,7 @@ def run_block(
     x = view.attention_residual(x, inputs, out)
     if step.keep < state.positions.shape[1]:
         x, state = method.reduce(x, state, inputs, step, num_prefix)
-    return view.mlp_residual(x), state, attended.probs
+    return x, state, attended.probs
 
 
 def _account(
@@ -285,8 +310,8 @@ def full_grid(x: Tensor, state: TokenState, num_prefix: int) -> Tensor:
 
     A merged patch shows the token that carries it; a removed one the value it had when it left.
     """
-    prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
     if state.carrier is not None:
-        return torch.cat([prefix, take(patches, state.carrier)], dim=1)
+        return take_tokens(x, state.carrier, num_prefix)
     assert state.departed is not None, "the cascade was not asked to remember departing patches"
-    return torch.cat([prefix, scatter_patches(state.departed, state.positions, patches)], dim=1)
+    grid = scatter_patches(state.departed, state.positions, x[:, num_prefix:])
+    return torch.cat([x[:, :num_prefix], grid], dim=1)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cpvit.attention import AttentionInputs, EvidenceKind
 from cpvit.core import BlockStep, TokenState, patch_score, take
 from cpvit.methods.merging import merge, ones_like_score
-from cpvit.methods.tome import deal, merge_edges
+from cpvit.methods.tome import best_edges, merge_edges, sides
 
 FLOOR = 0.1
 
@@ -52,16 +52,14 @@ class CPViTMerge:
     ) -> tuple[Tensor, TokenState]:
         """Merge ``n - step.keep`` tokens: [B P+n C] -> [B P+step.keep C]."""
         assert state.score is not None
-        patches = F.normalize(x[:, num_prefix:], dim=-1)
         if state.size is None:
-            state = state._replace(size=ones_like_score(patches))
-        sides = deal(patches.shape[1], num_prefix, x.device)
-        if patches.shape[1] - step.keep > patches.shape[1] // 2:
-            return _merge_least_informative(x, state, patches, step.keep, num_prefix)
-        likeness = patches[:, sides.first] @ patches[:, sides.second].transpose(1, 2)
-        best = likeness.max(dim=2)
-        price = merge_price(state, sides.first, take_from(sides.second, best.indices), best.values)
-        return merge_edges(x, state, sides, -price, best.indices, step.keep, num_prefix)
+            state = state._replace(size=ones_like_score(x[:, num_prefix:]))
+        tokens = state.positions.shape[1]
+        if tokens - step.keep > tokens // 2:
+            return _merge_least_informative(x, state, step.keep, num_prefix)
+        likeness, partner = best_edges(x[:, num_prefix:], num_prefix)
+        price = merge_price(state, partner, likeness, num_prefix)
+        return merge_edges(x, state, -price, partner, step.keep, num_prefix)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
         """Every token of one side with every token of the other, or all that leave with all that stay."""
@@ -70,26 +68,24 @@ class CPViTMerge:
         return (first * second if removed <= first else removed * keep) * embed_dim
 
 
-def merge_price(state: TokenState, first: Tensor, partner: Tensor, likeness: Tensor) -> Tensor:
-    """Price of merging tokens ``first`` [a] into ``partner`` [B a], whose cosine is ``likeness``: [B a]."""
+def merge_price(state: TokenState, partner: Tensor, likeness: Tensor, num_prefix: int) -> Tensor:
+    """Price of merging the first side into its partners [B a], places in the second; likeness: cosine. [B a]."""
     assert state.score is not None
     assert state.size is not None
-    size_i, size_j = state.size[:, first], take(state.size, partner)
-    worth = state.score[:, first] / size_i + take(state.score, partner) / size_j + FLOOR
+    size_i, size_second = sides(state.size, num_prefix)
+    score_i, score_second = sides(state.score, num_prefix)
+    size_j, score_j = take(size_second, partner), take(score_second, partner)
+    worth = score_i / size_i + score_j / size_j + FLOOR
     distance = (1 - likeness.to(worth.dtype)).clamp_min(1e-6)
     return size_i * size_j / (size_i + size_j) * distance * worth
 
 
-def take_from(index: Tensor, places: Tensor) -> Tensor:
-    """Look places [B a] up in one index for all images [b]: [B a]."""
-    return index[places]
-
-
 def _merge_least_informative(
-    x: Tensor, state: TokenState, patches: Tensor, keep: int, num_prefix: int
+    x: Tensor, state: TokenState, keep: int, num_prefix: int
 ) -> tuple[Tensor, TokenState]:
     assert state.score is not None
     order = state.score.argsort(dim=1, descending=True)
     staying, leaving = order[:, :keep].sort(dim=1).values, order[:, keep:]
-    into = (take(patches, leaving) @ take(patches, staying).transpose(1, 2)).argmax(dim=2)
-    return merge(x, state, leaving, into, staying, num_prefix)
+    patches = F.normalize(x, dim=-1)
+    likeness = take(patches, leaving + num_prefix) @ take(patches, staying + num_prefix).transpose(1, 2)
+    return merge(x, state, leaving, likeness.argmax(dim=2), staying, num_prefix)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cpvit.attention import AttentionInputs
-from cpvit.core import TokenState, accumulator_dtype, take
+from cpvit.core import TokenState, accumulator_dtype, flat_rows, take, take_tokens
 
 
-def patch_keys(inputs: AttentionInputs, num_prefix: int) -> Tensor:
-    """Unit-length mean over heads of the keys of the patches: [B H P+n D] -> [B n D] (ToMe's metric)."""
-    return F.normalize(inputs.key[:, :, num_prefix:].mean(dim=1), dim=-1)
+def mean_keys(inputs: AttentionInputs, num_prefix: int) -> Tensor:
+    """Mean over heads of the keys of the patches: [B H P+n D] -> [B n D]; their cosine is ToMe's metric."""
+    return inputs.key[:, :, num_prefix:].mean(dim=1)
 
 
 def merge(
@@ -34,17 +33,19 @@ def merge(
 
     Returns:
         [B P+k C] and the state of the k tokens.
+
+    A token t that takes others in moves towards each by its share, x_t + sum of s_i / s_total (x_i - x_t): the
+    weighted mean, and the many tokens that take none in are only copied.
     """
-    patches = x[:, num_prefix:]
-    size = state.size if state.size is not None else ones_like_score(patches)
-    weight = size.unsqueeze(-1)
-    total = take(size, staying).scatter_add(1, into, take(size, leaving))
-    weighted = patches * weight.to(patches.dtype)
-    mixed = take(weighted, staying).scatter_add(
-        1, into.unsqueeze(-1).expand(*into.shape, x.shape[2]), take(weighted, leaving)
-    )
-    merged = mixed / total.unsqueeze(-1).to(patches.dtype)
-    return torch.cat([x[:, :num_prefix], merged], dim=1), state._replace(
+    size = state.size if state.size is not None else ones_like_score(x[:, num_prefix:])
+    gone = take(size, leaving)
+    total = take(size, staying).scatter_add(1, into, gone)
+    merged = take_tokens(x, staying, num_prefix)
+    share = (gone / take(total, into)).unsqueeze(-1).to(x.dtype)
+    step = (take(x, leaving + num_prefix) - take(merged, into + num_prefix)) * share
+    rows = flat_rows(into + num_prefix, merged.shape[1])
+    merged.flatten(0, 1).index_add_(0, rows, step.flatten(0, 1))
+    return merged, state._replace(
         positions=take(state.positions, staying),
         score=None if state.score is None else take(state.score, staying),
         size=total,

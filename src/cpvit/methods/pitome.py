@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cpvit.attention import AttentionInputs, EvidenceKind
 from cpvit.core import BlockStep, TokenState, take
-from cpvit.methods.merging import merge, patch_keys
+from cpvit.methods.merging import mean_keys, merge
 
 TOP_MARGIN = 0.75
 
@@ -39,7 +39,7 @@ class PiToMe:
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
         """Merge ``n - step.keep`` tokens into others of high energy."""
-        keys = patch_keys(inputs, num_prefix)
+        keys = F.normalize(mean_keys(inputs, num_prefix), dim=-1)
         similarity = keys @ keys.transpose(1, 2)
         energy = F.elu(similarity - TOP_MARGIN * (1 - step.depth)).mean(dim=-1)
         by_energy = energy.argsort(dim=1, descending=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpvit.attention import AttentionInputs, EvidenceKind
-from cpvit.core import BlockStep, TokenState, highest, patch_score, remove, take
+from cpvit.core import BlockStep, TokenState, highest, patch_score, remove, take, take_tokens
 
 
 class TopK:
@@ -61,10 +61,10 @@ class EViT(TopK):
         kept, left = order[:, : step.keep - 1].sort(dim=1).values, order[:, step.keep - 1 :]
         weight = take(state.score, left)
         share = (weight / weight.sum(dim=1, keepdim=True)).to(x.dtype)
-        fused = share.unsqueeze(1) @ take(x[:, num_prefix:], left)
-        patches = torch.cat([take(x[:, num_prefix:], kept), fused], dim=1)
         rows = torch.cat([kept, left[:, :1]], dim=1)
-        return torch.cat([x[:, :num_prefix], patches], dim=1), state._replace(
+        fewer = take_tokens(x, rows, num_prefix)
+        fewer[:, -1:] = share.unsqueeze(1) @ take(x, left + num_prefix)
+        return fewer, state._replace(
             positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept, left)
         )
 
