@@ -139,6 +139,14 @@ def averaged(x: Tensor, size: Tensor, groups: list[list[int]]) -> Tensor:
     return torch.stack([x[0, 0], *means])
 
 
+def stretched(x: Tensor, size: Tensor, groups: list[list[int]]) -> Tensor:
+    """The same, every mean as long as the longest patch of its group."""
+    means = averaged(x, size, groups)
+    for place, group in enumerate(groups, start=1):
+        means[place] *= x[0, 1:][group].norm(dim=1).max() / means[place].norm()
+    return means
+
+
 def grouped(order: list[int], target: dict[int, int]) -> list[list[int]]:
     return [[kept, *(leaving for leaving, into in target.items() if into == kept)] for kept in order]
 
@@ -211,7 +219,7 @@ def test_cpvit_merge_takes_the_cheapest_merges(removed: int) -> None:
     partner = {i: max(second, key=lambda j, i=i: likeness(i, j)) for i in first}
     chosen = sorted(first, key=lambda i: price(i, partner[i]))[:removed]
     order = [i for i in first if i not in chosen] + list(second)
-    expected = averaged(x, state.size, grouped(order, {i: partner[i] for i in chosen}))
+    expected = stretched(x, state.size, grouped(order, {i: partner[i] for i in chosen}))
     got, _ = METHODS["cpvit-merge"].reduce(x, state, inputs, BlockStep(17 - removed, True), 1)
     torch.testing.assert_close(got[0], expected)
 
@@ -230,6 +238,17 @@ def test_merging_keeps_the_sum_over_all_patches() -> None:
     before = (x[0, 1:] * state.size[0, :, None])[covered].sum(0)
     torch.testing.assert_close((got[0, 1:] * after.size[0, :, None]).sum(0), before)
     assert after.size.sum() == state.size[0, covered].sum()
+
+
+def test_merged_tokens_are_as_long_as_the_longest_in_them_also_for_autograd() -> None:
+    x, _, state = random_block(6)
+    leaving, into, staying = torch.tensor([[3, 0, 1]]), torch.tensor([[1, 1, 2]]), torch.tensor([[2, 5, 4]])
+
+    def merged(x: Tensor) -> Tensor:
+        return merge(x, state, leaving, into, staying, 1, keep_length=True)[0]
+
+    torch.testing.assert_close(merged(x), stretched(x, state.size, [[2], [5, 3, 0], [4, 1]])[None])
+    assert torch.autograd.gradcheck(merged, x.clone().requires_grad_())
 
 
 @pytest.mark.parametrize(("prefix", "first"), [(0, 0), (1, 1), (2, 0), (5, 1)])

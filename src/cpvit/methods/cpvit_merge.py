@@ -13,7 +13,8 @@ averages them, however informative. Here the price of merging token i into j is 
 * floor: what a patch is worth that nobody looks at.
 
 Pairs are sought as in ToMe (arXiv 2210.09461): tokens alternate between two sides, each of the first draws an
-edge to its cheapest partner, the cheapest edges merge; attention is proportional to size. Everything is scored
+edge to its cheapest partner, the cheapest edges merge; attention is proportional to size. The merged token points
+where the weighted mean points and is as long as the longest token in it (arXiv 2312.01026). Everything is scored
 from one query row, so the attention stays fused. If more than one side must go at once, the least informative
 tokens merge into the likest that stay.
 """
@@ -59,7 +60,7 @@ class CPViTMerge:
             return _merge_least_informative(x, state, step.keep, num_prefix)
         likeness, partner = best_edges(x[:, num_prefix:], num_prefix)
         price = merge_price(state, partner, likeness, num_prefix)
-        return merge_edges(x, state, -price, partner, step.keep, num_prefix)
+        return merge_edges(x, state, -price, partner, step.keep, num_prefix, keep_length=True)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
         """Every token of one side with every token of the other, or all that leave with all that stay."""
@@ -88,4 +89,4 @@ def _merge_least_informative(
     staying, leaving = order[:, :keep].sort(dim=1).values, order[:, keep:]
     patches = F.normalize(x, dim=-1)
     likeness = take(patches, leaving + num_prefix) @ take(patches, staying + num_prefix).transpose(1, 2)
-    return merge(x, state, leaving, likeness.argmax(dim=2), staying, num_prefix)
+    return merge(x, state, leaving, likeness.argmax(dim=2), staying, num_prefix, keep_length=True)

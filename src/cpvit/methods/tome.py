@@ -65,11 +65,19 @@ def best_edges(patches: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_edges(
-    x: Tensor, state: TokenState, priority: Tensor, partner: Tensor, keep: int, num_prefix: int
+    x: Tensor,
+    state: TokenState,
+    priority: Tensor,
+    partner: Tensor,
+    keep: int,
+    num_prefix: int,
+    *,
+    keep_length: bool = False,
 ) -> tuple[Tensor, TokenState]:
     """Merge along the edges of highest priority [B a] until ``keep`` tokens are left.
 
     The new order is that of the paper's code: what stays of the first side, then the second side.
+    ``keep_length`` as for :func:`cpvit.methods.merging.merge`.
     """
     tokens = state.positions.shape[1]
     removed = tokens - keep
@@ -78,4 +86,4 @@ def merge_edges(
     first, second = sides(torch.arange(tokens, device=x.device).expand(x.shape[0], tokens), num_prefix)
     staying = torch.cat([take(first, rest), second], dim=1)
     into = rest.shape[1] + take(partner, edges)
-    return merge(x, state, take(first, edges), into, staying, num_prefix)
+    return merge(x, state, take(first, edges), into, staying, num_prefix, keep_length=keep_length)
