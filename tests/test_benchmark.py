@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,11 +12,17 @@ from conftest import random_images, tiny_vit
 from cpvit import PruneConfig, plan_of
 from cpvit.benchmark import (
     BenchmarkResult,
+    Comparison,
+    Speedup,
     benchmark,
+    compare,
     peak_memory_mib,
     process_peak_mib,
+    speedup_by_round,
     summarize,
 )
+from cpvit.calibrate import calibrate
+from cpvit.data.loader import Batch
 from cpvit.macs import count_macs
 from cpvit.timing import MIN_ROUNDS, interleave
 
@@ -124,3 +131,91 @@ def test_pruning_that_does_not_fit_is_refused_before_anything_is_timed(monkeypat
     monkeypatch.setattr("cpvit.benchmark.interleave", lambda *_: pytest.fail("timed"))
     with pytest.raises(ValueError, match="needs calibration images"):
         benchmark(tiny_vit(), PruneConfig(head_keep_rate=0.5))
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    configs = {
+        "cpvit": PruneConfig(keep_per_block=(30, 20, 9)),
+        "impossible": PruneConfig(macs=0.01),
+        "tome": PruneConfig(method="tome", keep_rate=0.5, align=4),
+    }
+    return compare(tiny_vit().float(), configs, batch_size=2, seconds=0, seed=5)
+
+
+def test_a_comparison_has_a_row_for_every_method_that_fits(comparison: Comparison) -> None:
+    assert [row.name for row in comparison.rows] == ["cpvit", "tome"]
+    assert [row.plan.align for row in comparison.rows] == [1, 4]
+    (unfit,) = comparison.unfit
+    assert unfit.name == "impossible"
+    assert unfit.error.startswith("macs=0.01 cannot be met by pruning patches")
+
+
+def test_a_row_follows_from_its_times(comparison: Comparison) -> None:
+    for row in comparison.rows:
+        assert row.macs_ratio == row.timing.macs / comparison.dense.macs
+        assert row.efficiency == pytest.approx(row.speedup.median * row.macs_ratio)
+        assert row.speedup.p10 <= row.speedup.median <= row.speedup.p90
+        assert row.verdict == row.speedup.verdict
+
+
+def test_a_speedup_is_taken_round_by_round() -> None:
+    """A machine that slows down in the middle changes both times and not their ratio."""
+    dense = [3.0] * 4 + [30.0] * 5
+    pruned = [2.0] * 4 + [20.0] * 5
+    assert speedup_by_round(dense, pruned) == Speedup(1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "verdict"),
+    [
+        (Speedup(1.5, 1.01, 1.9), "faster"),
+        (Speedup(1.5, 1.0, 1.9), "gained nothing"),
+        (Speedup(0.98, 0.9, 1.0), "gained nothing"),
+        (Speedup(0.9, 0.8, 0.99), "slower"),
+    ],
+)
+def test_only_what_nine_of_ten_rounds_say_is_a_verdict(speedup: Speedup, verdict: str) -> None:
+    assert speedup.verdict == verdict
+
+
+def test_pruned_copies_share_the_weights_and_leave_them_alone() -> None:
+    model = tiny_vit().float()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    heads = PruneConfig(head_keep_rate=0.4)
+    calibration = calibrate(model, random_images(2, dtype=torch.float32))
+    compare(
+        model, {"heads": heads, "patches": PruneConfig()}, batch_size=1, seconds=0, calibration=calibration
+    )
+    assert [block.attn.num_heads for block in model.blocks] == [5, 5, 5]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class Recorded:
+    """Batches of real images, as a loader gives them."""
+
+    num_images = 5
+    skipped: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.passes += 1
+        for count in (2, 2, 1):
+            yield Batch(random_images(count, dtype=torch.float32), None, ("",) * count)
+
+
+def test_end_to_end_times_whole_passes_over_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: Any = Recorded()
+    monkeypatch.setattr(
+        "cpvit.benchmark.interleave", lambda runs, *_: [[run() and 6.0 for run in [run] * 7] for run in runs]
+    )
+    result = benchmark(tiny_vit().float(), PruneConfig(), batch_size=2, batches=batches, seconds=0)
+    assert result.end_to_end
+    assert batches.passes == 14
+    assert result.dense.images_per_s == pytest.approx(5 / 6)
+    assert result.dense.latency_ms.median == pytest.approx(2000), "a pass is three batches"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -17,6 +17,7 @@ from conftest import add_member, randomize_, shared_path
 from PIL import Image
 from safetensors.torch import save_file
 
+from cpvit import PruneConfig, prune_
 from cpvit.cli import main, run_cli
 from cpvit.seed import run_eval, run_train
 
@@ -278,6 +279,107 @@ class TestBenchmark:
         arguments = ["benchmark", "--model", MODEL, "--batch-size", "1", "--seconds", "0", "--keep-rate", "1"]
         assert main(arguments) == 0
         assert "for 100.0% of the MACs: efficiency" in capsys.readouterr().out
+
+
+class TestBenchmarkOfSeveral:
+    COMMON: ClassVar[list[str]] = ["benchmark", "--model", MODEL, "--seconds", "0", "--device", "cpu"]
+
+    def test_every_setting_and_method_has_a_row(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lists = ["--methods", "cpvit,tome", "--batch-sizes", "1,2", "--dtypes", "float32,bfloat16"]
+        sizes = ["--image-sizes", "96,128", "--align", "none", "--macs", "0.7"]
+        record = record_of([*self.COMMON, *lists, *sizes], tmp_path)
+        settings = [
+            (entry["image_size"], entry["environment"]["dtype"], entry["batch_size"])
+            for entry in record["settings"]
+        ]
+        assert settings == [
+            ([side, side], dtype, batch)
+            for side in (96, 128)
+            for dtype in ("float32", "bfloat16")
+            for batch in (1, 2)
+        ]
+        rows = [row for entry in record["settings"] for row in entry["rows"]]
+        assert [row["name"] for row in rows] == ["cpvit", "tome"] * 8
+        assert all({"speedup", "macs_ratio", "efficiency", "verdict", "timing"} <= set(row) for row in rows)
+        text = capsys.readouterr().out
+        assert sum(line.startswith("dense ") for line in text.splitlines()) == 8
+        assert "of 16 runs were faster than dense" in text
+
+    def test_what_does_not_fit_is_named_after_the_others_ran(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        record = tmp_path / "record.json"
+        lists = ["--methods", "cpvit,magic", "--image-sizes", "96,100", "--align", "none"]
+        assert main([*self.COMMON, "--batch-size", "1", *lists, "--json", str(record)]) == 1
+        captured = capsys.readouterr()
+        assert "magic: not run, method must be one of cpvit" in captured.out
+        assert "cpvit" in captured.out
+        last = captured.err.strip().splitlines()[-1]
+        assert last.startswith(
+            "cpvit: error: 3 of 4 runs failed: magic at 96, batch 1, float32: method must be"
+        )
+        assert "cpvit at 100, batch 1, float32: image size 100x100 is not a multiple of" in last
+        written = json.loads(record.read_text())
+        assert len(written["failed"]) == 3
+        assert [row["name"] for row in written["settings"][0]["rows"]] == ["cpvit"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (
+                ["--method", "tome", "--methods", "cpvit"],
+                "give --method or --methods, not both (got tome and",
+            ),
+            (["--batch-sizes", "1;2"], "expected whole numbers separated by commas, got '1;2'"),
+            (["--dtypes", "int8"], "dtype must be one of float32, bfloat16, float16, float64, got 'int8'"),
+            (["--end-to-end"], "--end-to-end times the way of real images: give --data as well"),
+            (["--data", "x.tar"], "--data is for --end-to-end; without it the forward alone is timed"),
+            (["--align", "0"], "align must be a number of tokens of at least 1, auto or none, got 0"),
+            (["--align", "128"], "align=128 leaves nothing to prune in test_vit, which has 101 tokens"),
+        ],
+    )
+    def test_lists_and_flags_that_make_no_sense(
+        self, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status = 2 if arguments == ["--align", "0"] else 1
+        assert words in complaint([*self.COMMON, *arguments], capsys, status)
+
+    def test_real_images_are_timed_from_their_files(self, tiny_tar: Path, tmp_path: Path) -> None:
+        data = [
+            "--end-to-end",
+            "--data",
+            str(tiny_tar),
+            "--limit",
+            "5",
+            "--batch-size",
+            "2",
+            "--align",
+            "none",
+        ]
+        record = record_of([*self.COMMON, *data], tmp_path)
+        assert record["end_to_end"]
+        assert record["dense"]["images_per_s"] > 0
+
+    def test_a_plan_is_one_more_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = timm.create_model(MODEL)
+        plan = prune_(model, PruneConfig(method="tome", macs=0.7, align=8))
+        plan.save(tmp_path / "plan.json")
+        lists = [
+            "--methods",
+            "cpvit",
+            "--batch-sizes",
+            "1",
+            "--align",
+            "8",
+            "--plan",
+            str(tmp_path / "plan.json"),
+        ]
+        record = record_of([*self.COMMON, *lists], tmp_path)
+        rows = record["settings"][0]["rows"]
+        assert [(row["name"], row["plan"]["align"]) for row in rows] == [("cpvit", 8), ("plan (tome)", 8)]
+        assert rows[1]["plan"]["patches_per_block"] == list(plan.patches_per_block)
 
 
 class TestVerify:

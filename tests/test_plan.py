@@ -49,6 +49,11 @@ def plan_for(**dials: Any) -> Plan:
             {"keep_per_block": (9, 8), "schedule": "constant"},
             r"a schedule of its own; leave out schedule='constant'",
         ),
+        ({"align": 0}, r"align must be a number of tokens of at least 1, auto or none, got 0"),
+        ({"align": 2.5}, r"align must be a number of tokens of at least 1, auto or none, got 2.5"),
+        ({"align": True}, r"align must be a number .*, got True"),
+        ({"align": "often"}, r"align must be a number .*, got 'often'"),
+        ({"keep_per_block": (9, 8), "align": 4}, r"keep_per_block is taken as it is; leave out align=4"),
     ],
 )
 def test_a_configuration_without_sense_is_refused(dials: dict[str, Any], words: str) -> None:
@@ -215,3 +220,38 @@ def test_configurations_and_plans_are_values() -> None:
         PruneConfig().macs = 0.5
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan_for().method = "other"
+
+
+@pytest.mark.parametrize("dials", [{"macs": 0.7}, {"keep_rate": 0.4}, {"macs": 0.7, "method": "tome"}])
+def test_an_aligned_plan_holds_multiples_and_says_so(dials: dict[str, Any]) -> None:
+    plan = plan_for(align=4, **dials)
+    assert plan.align == 4
+    assert all(tokens % 4 == 0 or tokens == 36 for tokens in plan.tokens_per_block[:-1])
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_nothing_is_aligned_unless_asked_for() -> None:
+    assert plan_for(macs=0.7).align == 1
+    assert plan_for(macs=0.7, align="none") == plan_for(macs=0.7) == plan_for(macs=0.7, align=1)
+
+
+def test_auto_is_resolved_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "cpvit.planning.predict_seconds", lambda bench, schedules: [3.0, 2.0, 1.99, 2.0][: len(schedules)]
+    )
+    assert plan_for(macs=0.7, align="auto") == plan_for(macs=0.7, align=4), (
+        "8 is not worth it: half a percent"
+    )
+
+
+def test_a_multiple_too_large_to_prune_with_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"align=64 leaves nothing to prune in .*, which has 36 tokens; give a smaller"
+    ):
+        plan_for(keep_rate=0.5, align=64)
+
+
+def test_a_plan_written_before_there_was_an_alignment_is_read() -> None:
+    values = dataclasses.asdict(plan_for())
+    del values["align"]
+    assert Plan.from_json(json.dumps(values)) == plan_for()

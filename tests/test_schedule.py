@@ -12,7 +12,19 @@ from conftest import tiny_vit
 
 from cpvit.adapters import Host, open_host
 from cpvit.macs import cost_model
-from cpvit.schedule import constant, for_keep_rate, for_macs, kept, layer_aware, linear_ramp
+from cpvit.schedule import (
+    BudgetError,
+    aligned,
+    allowed,
+    constant,
+    for_keep_rate,
+    for_macs,
+    halved_at_most,
+    kept,
+    layer_aware,
+    linear_ramp,
+    solve_macs,
+)
 
 
 def never_rises(counts: tuple[int, ...]) -> bool:
@@ -151,3 +163,68 @@ def test_a_budget_above_what_cut_heads_leave_is_out_of_reach() -> None:
         ValueError, match=rf"can spend from .* to {costs.dense / dense:.4g} of its dense MACs"
     ):
         for_macs(costs, linear_ramp(3), 0.99, dense=dense)
+
+
+def test_allowed_counts_are_multiples_of_tokens_and_everything() -> None:
+    assert allowed(1, 64, 196) == (63, 127, 191, 196)
+    assert allowed(5, 4, 10) == (3, 7, 10)
+    assert allowed(0, 8, 16) == (8, 16)
+    assert allowed(1, 1, 4) == (1, 2, 3, 4)
+    assert allowed(1, 64, 16) == (16,), "too coarse to prune at all"
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 32])
+def test_aligned_counts_are_allowed_never_rise_and_stay_near(multiple: int, halves: bool) -> None:
+    wanted = kept(196, linear_ramp(12), 0.7)
+    found = aligned(wanted, 1, multiple, 196, halves=halves)
+    assert set(found) <= set(allowed(1, multiple, 196))
+    assert never_rises((196, *found))
+    assert all(abs(got - want) < multiple for got, want in zip(found, wanted, strict=True))
+
+
+def test_aligned_counts_halve_at_most_where_asked() -> None:
+    found = aligned((60, 10, 10), 1, 32, 196, halves=True)
+    assert found == halved_at_most(found, 196)
+    assert set(found) <= set(allowed(1, 32, 196))
+    assert found[0] >= 98
+    assert aligned((60, 10, 10), 1, 32, 196) == (63, 31, 31)
+
+
+def test_aligning_to_one_changes_nothing() -> None:
+    counts = kept(196, linear_ramp(12), 0.7)
+    assert aligned(counts, 1, 1, 196) == counts
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 16])
+def test_an_aligned_budget_is_met_within_a_percent(host: Host, multiple: int) -> None:
+    if host.num_patches < 100 and multiple > 8:
+        return
+    costs = cost_model(host)
+    for target in (0.9, 0.6, 0.5):
+        patches = solve_macs(
+            costs,
+            lambda strength: kept(costs.num_patches, linear_ramp(host.depth), strength),
+            target * costs.dense,
+            costs.dense,
+            multiple=multiple,
+        )
+        assert costs.total(patches) == pytest.approx(target * costs.dense, rel=0.01)
+        assert never_rises((host.num_patches, *patches))
+        assert set(patches[:-1]) <= set(allowed(host.num_prefix, multiple, host.num_patches))
+        assert len(set(patches)) <= host.num_patches // multiple + 2
+
+
+def test_the_last_block_makes_up_for_what_a_coarse_grid_cannot_spend() -> None:
+    costs = cost_model(open_host(tiny_vit(depth=4, img_size=(112, 112))))
+    budget = 0.63 * costs.dense
+    patches = solve_macs(costs, lambda s: kept(196, linear_ramp(4), s), budget, costs.dense, multiple=64)
+    assert costs.total(patches) == pytest.approx(budget, rel=0.01)
+    assert set(patches[:-1]) <= set(allowed(1, 64, 196))
+    assert patches[-1] not in allowed(1, 64, 196)
+
+
+def test_a_budget_out_of_reach_of_a_coarse_grid_says_that_a_finer_one_may_do() -> None:
+    costs = cost_model(open_host(tiny_vit()))
+    with pytest.raises(BudgetError, match=r"macs=0.3 cannot be met .*; or align to fewer than 32 tokens"):
+        solve_macs(costs, lambda s: kept(35, linear_ramp(3), s), 0.3 * costs.dense, costs.dense, multiple=32)
