@@ -161,7 +161,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig) -> S
     """
     warmup = config.optimization.warmup_of(config.num_steps)
     settings: dict[str, Any] = {
-        "t_initial": max(1, config.num_steps - warmup),
+        "t_initial": max(2, config.num_steps - warmup),  # where only one is left, its rate is the full one
         "warmup_t": warmup,
         "warmup_lr_init": 0.0,
         "warmup_prefix": True,
