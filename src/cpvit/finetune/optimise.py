@@ -133,23 +133,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
             f"layer_decay needs to know the order of the layers, which timm's models tell and "
             f"{type(model).__name__} of {type(model).__module__.split('.')[0]} does not; leave it out"
         )
-    extra: dict[str, Any] = {} if config.layer_decay is None else {"layer_decay": config.layer_decay}
+    layers: dict[str, Any] = {} if config.layer_decay is None else {"layer_decay": config.layer_decay}
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    found: torch.optim.Optimizer
     if config.optimizer == "adamw":
-        optimizer = create_optimizer_v2(
-            model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, **extra
-        )
-    else:
-        # timm's "momentum" is SGD without Nesterov's correction.
-        optimizer = create_optimizer_v2(
-            model,
-            opt="momentum",
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            filter_bias_and_bn=False,
-            **extra,
-        )
-    found: torch.optim.Optimizer = optimizer
+        found = create_optimizer_v2(model, opt="adamw", **common, **layers)
+        return found
+    # Given a model, timm leaves embeddings out of the decay; the original's SGD leaves out nothing.
+    trained: Any = model if layers else [each for each in model.parameters() if each.requires_grad]
+    # timm's "momentum" is SGD without Nesterov's correction.
+    found = create_optimizer_v2(
+        trained, opt="momentum", momentum=config.momentum, filter_bias_and_bn=False, **common, **layers
+    )
     return found
 
 
