@@ -59,8 +59,8 @@ class TarReader:
 
     def read(self, key: str) -> Image.Image:
         """The RGB image of the member `key`."""
-        with _errors_named(self.path), self.path.open("rb") as stream:
-            data = _read_extent(stream, self.extents[key])
+        with errors_named(self.path), self.path.open("rb") as stream:
+            data = read_extent(stream, self.extents[key])
         return decode(data, f"{self.path}:{key}")
 
     def select(self, keys: Sequence[str]) -> Reader:
@@ -82,8 +82,8 @@ class CompressedTarReader:
     def select(self, keys: Sequence[str]) -> Reader:
         """The encoded bytes of `keys`, fetched into memory in one pass that ends at the last of them."""
         by_offset = sorted(keys, key=lambda key: self.extents[key])
-        with _errors_named(self.path), _open_stream(self.path) as stream:
-            encoded = {key: _read_extent(stream, self.extents[key]) for key in by_offset}
+        with errors_named(self.path), _open_stream(self.path) as stream:
+            encoded = {key: read_extent(stream, self.extents[key]) for key in by_offset}
         return MemoryReader(self.path, encoded)
 
 
@@ -105,8 +105,7 @@ class MemoryReader:
 
 def find_in_archive(path: Path, split: str | None) -> ImageSource:
     """List the images of a tar archive. Layouts: see `find_samples`."""
-    with _errors_named(path), _open_stream(path) as stream:
-        compressed = _opener(path) is not None
+    with errors_named(path), _open_stream(path) as stream:
         extents = _index(stream)
     if not extents:
         raise ValueError(f"no images in {path}; expected members named <class>/<image>")
@@ -116,7 +115,7 @@ def find_in_archive(path: Path, split: str | None) -> ImageSource:
         locations = {key: dirs for key, dirs in locations.items() if dirs[depth : depth + 1] == (chosen,)}
         depth += 1
     classes = classes_by_parent_folder([dirs[depth:] for dirs in locations.values()])
-    reader = (CompressedTarReader if compressed else TarReader)(path, extents)
+    reader = (CompressedTarReader if is_compressed(path) else TarReader)(path, extents)
     return make_source(path.name, list(locations), classes, reader, split=chosen)
 
 
@@ -129,20 +128,28 @@ def _choose(locations: list[tuple[str, ...]], split: str | None, where: str) -> 
 
 def _index(stream: io.BufferedIOBase) -> dict[str, Extent]:
     """Where each image lies in the stream, without links, devices and junk; of a repeated name the last."""
-    extents = {}
+    return {key: extent for name, extent in stored_files(stream) if (key := _key(name)) is not None}
+
+
+def stored_files(stream: io.BufferedIOBase) -> Iterator[tuple[str, Extent]]:
+    """Name and place of each regular file in an uncompressed tar; reads headers, skips what lies between.
+
+    Between two of them the stream may be read elsewhere.
+
+    Raises:
+        tarfile.ReadError: The tar is truncated or damaged; see `errors_named`.
+    """
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
-            key = _key(member.name)
-            if not member.isfile() or key is None:
+            if not member.isfile():
                 continue
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} is stored as a sparse file, which is not supported")
-            extents[key] = (member.offset_data, member.size)
-        _check_end(stream, archive.offset)
-    return extents
+            yield member.name, (member.offset_data, member.size)
+        check_end(stream, archive.offset)
 
 
-def _check_end(stream: io.BufferedIOBase, end: int) -> None:
+def check_end(stream: io.BufferedIOBase, end: int) -> None:
     """Python's tarfile takes a damaged header for the end of the archive; a real end is a block of zeros."""
     stream.seek(end)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -160,6 +167,11 @@ def _key(name: str) -> str | None:
     return "/".join((*folders, file))
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file begins as gzip, bzip2 or xz does."""
+    return _opener(path) is not None
+
+
 def _opener(path: Path) -> Callable[[Path], io.BufferedIOBase] | None:
     """How to open a compressed file; None for a plain one."""
     with path.open("rb") as stream:
@@ -173,7 +185,8 @@ def _open_stream(path: Path) -> io.BufferedIOBase:
     return path.open("rb") if opener is None else opener(path)
 
 
-def _read_extent(stream: io.BufferedIOBase, extent: Extent) -> bytes:
+def read_extent(stream: io.BufferedIOBase, extent: Extent) -> bytes:
+    """The bytes of a stored file."""
     offset, size = extent
     stream.seek(offset)
     data = stream.read(size)
@@ -183,7 +196,7 @@ def _read_extent(stream: io.BufferedIOBase, extent: Extent) -> bytes:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> Iterator[None]:
     """Whatever goes wrong in reading the archive is reported with its name."""
     try:
         yield

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from cpvit.data.layout import is_wordnet_id
 from cpvit.data.records import ImageSource
+from cpvit.data.shards import ShardSource
 
 
-def label_map(source: ImageSource, num_classes: int) -> dict[str, int]:
-    """Class folder -> index of the head's output.
+def label_map(source: ImageSource | ShardSource, num_classes: int) -> dict[str, int]:
+    """Class folder -> index of the head's output; for shards, the index as they hold it -> itself.
 
     Folders named by WordNet ids get the index of that id in the ImageNet variant which timm knows for a head
     of `num_classes` outputs (1000: ImageNet-1k), so a subset of the classes is labelled right. Otherwise the
@@ -22,6 +23,8 @@ def label_map(source: ImageSource, num_classes: int) -> dict[str, int]:
         raise ValueError(
             f"the model has no classifier (num_classes is {num_classes}), so {source.name} has no labels"
         )
+    if isinstance(source, ShardSource):
+        return {str(label): label for label in range(num_classes)}
     if not source.classes:
         raise ValueError(
             f"{source.name} has no class folders; labelled use needs <class>/<image>, got images such as "

@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from cpvit.data.images import BadImageError
 from cpvit.data.order import check_rank
 from cpvit.data.preprocess import Preprocessing, Transform
 from cpvit.data.records import ImageSource, Reader
+from cpvit.data.shards import ShardSample, ShardSource, in_order
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,14 @@ class _Item:
     """One sample as a worker hands it over: an image, or the message of what was wrong with the file.
 
     Errors travel as values, since an exception raised in a worker arrives wrapped in the text of its
-    traceback.
+    traceback. `fatal` is one that concerns more than this image.
     """
 
     key: str
     label: int | None
     image: Tensor | None
     error: str = ""
+    fatal: ValueError | OSError | None = None
 
 
 class _Decoded(Dataset[_Item]):
@@ -61,6 +65,46 @@ class _Decoded(Dataset[_Item]):
         except BadImageError as error:
             return _Item(key, label, None, str(error))
         return _Item(key, label, self._transform(image))
+
+
+class _Streamed(IterableDataset[_Item]):
+    """Decodes and transforms a share of the samples in shards; loader workers take its batches in turn."""
+
+    def __init__(
+        self,
+        source: ShardSource,
+        labels: Mapping[str, int] | None,
+        transform: Transform,
+        share: slice,
+        batch_size: int,
+    ) -> None:
+        self._source = source
+        self._labels = labels
+        self._transform = transform
+        self._share = share
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[_Item]:
+        wanted = np.zeros(len(self._source), np.bool_)
+        wanted[self._share] = self._own_batches(self._share.stop - self._share.start)
+        try:
+            for sample in in_order(self._source, wanted):
+                yield self._item(sample)
+        except (ValueError, OSError) as error:
+            yield _Item("", None, None, fatal=error)
+
+    def _own_batches(self, size: int) -> npt.NDArray[np.bool_]:
+        worker = get_worker_info()
+        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        own: npt.NDArray[np.bool_] = np.arange(size) // self._batch_size % num_workers == number
+        return own
+
+    def _item(self, sample: ShardSample) -> _Item:
+        label = None if self._labels is None else sample.label_in(self._labels)
+        try:
+            return _Item(sample.name, label, self._transform(sample.decoded()))
+        except BadImageError as error:
+            return _Item(sample.name, label, None, str(error))
 
 
 @dataclass(frozen=True)
@@ -94,9 +138,16 @@ class Batches:
     """
 
     def __init__(
-        self, loader: DataLoader[_Item], num_images: int, *, skip_bad_images: bool, may_be_empty: bool = False
+        self,
+        loader: DataLoader[_Item],
+        num_images: int,
+        *,
+        batch_size: int,
+        skip_bad_images: bool,
+        may_be_empty: bool = False,
     ) -> None:
         self._loader = loader
+        self._batch_size = batch_size
         self._skip_bad_images = skip_bad_images
         self._may_be_empty = may_be_empty
         self.num_images = num_images
@@ -104,12 +155,15 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches at most; one whose images are all bad is not yielded."""
-        return len(self._loader)
+        return -(-self.num_images // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
         for item in self._loader:
             items = cast("_Items", item)
+            fatal = next((bad.fatal for bad in items.bad if bad.fatal is not None), None)
+            if fatal is not None:
+                raise fatal
             if items.bad and not self._skip_bad_images:
                 raise BadImageError(items.bad[0].error)
             self.skipped += [bad.key for bad in items.bad]
@@ -122,7 +176,7 @@ class Batches:
 
 
 def make_loader(
-    source: ImageSource,
+    source: ImageSource | ShardSource,
     preprocessing: Preprocessing,
     *,
     labels: Mapping[str, int] | None,
@@ -138,7 +192,7 @@ def make_loader(
     Shares differ by at most one image and may be empty; nothing is repeated to make them equal.
 
     Args:
-        source: From `find_samples`, perhaps limited.
+        source: From `find_samples`, perhaps limited, or `open_data`.
         preprocessing: Usually `Preprocessing.from_model(model)`.
         labels: From `label_map`; None for use without labels, where classes do not matter.
         batch_size: Images per batch; the last one may be smaller.
@@ -149,6 +203,7 @@ def make_loader(
         world_size: Processes that share the images.
 
     Raises:
+        BadArchiveError: While iterating, on a damaged archive or shard.
         BadImageError: While iterating, on a bad image that may not be skipped, or if all are bad and
             `world_size` is 1 (of several processes one may well have bad images only).
 
@@ -161,19 +216,17 @@ def make_loader(
             f"batch_size is {batch_size} and num_workers {num_workers}; expected at least 1 and 0"
         )
     check_rank(rank, world_size)
-    if not source.samples:
+    if not len(source):
         raise ValueError(f"{source.name} holds no images")
-    # Checked before they are shared out, so that all processes meet the same error.
-    all_labels = None if labels is None else sample_labels(source, labels)
     share = _share(len(source), rank, world_size)
-    keys = [sample.key for sample in source.samples[share]]
+    transform = preprocessing.transform()
+    dataset: Dataset[_Item] = (
+        _listed(source, labels, transform, share)
+        if isinstance(source, ImageSource)
+        else _Streamed(source, labels, transform, share, batch_size)
+    )
     loader = DataLoader(
-        _Decoded(
-            keys,
-            None if all_labels is None else all_labels[share],
-            source.reader.select(keys),
-            preprocessing.transform(),
-        ),
+        dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -181,7 +234,23 @@ def make_loader(
         # Its own generator, because a DataLoader otherwise draws from the global one at each iteration.
         generator=torch.Generator(),
     )
-    return Batches(loader, len(keys), skip_bad_images=skip_bad_images, may_be_empty=world_size > 1)
+    return Batches(
+        loader,
+        share.stop - share.start,
+        batch_size=batch_size,
+        skip_bad_images=skip_bad_images,
+        may_be_empty=world_size > 1,
+    )
+
+
+def _listed(
+    source: ImageSource, labels: Mapping[str, int] | None, transform: Transform, share: slice
+) -> _Decoded:
+    # Looked up before they are shared out, so that all processes meet the same error.
+    all_labels = None if labels is None else sample_labels(source, labels)
+    keys = [sample.key for sample in source.samples[share]]
+    own_labels = None if all_labels is None else all_labels[share]
+    return _Decoded(keys, own_labels, source.reader.select(keys), transform)
 
 
 def _share(size: int, rank: int, world_size: int) -> slice:

@@ -8,7 +8,7 @@ stored sampler state, and R processes with batches of B meet the samples that on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -90,3 +90,32 @@ def check_rank(rank: int, world_size: int) -> None:
 def shuffled(size: int, seed: int, epoch: int) -> Numbers:
     """A permutation of `size` samples."""
     return np.random.default_rng(order_seed(seed, epoch)).permutation(size)
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """One epoch over files that can only be read from front to back.
+
+    The files come in shuffled order. Their samples, which so have a place in one long stream, leave a shuffle
+    buffer: the sample at place i is drawn a key, uniform from i to i + `buffer`, and the samples leave in the
+    order of their keys. None leaves `buffer` places before or after its own, and the whole order is known
+    without reading anything.
+
+    Attributes:
+        files: Indices of the files in the order of reading `[files]`.
+        numbers: The sample number, counted over all epochs, of each place of the stream `[samples]`.
+    """
+
+    files: Numbers
+    numbers: Numbers
+
+
+def stream_order(sizes: Sequence[int], seed: int, epoch: int, buffer: int) -> StreamOrder:
+    """The order of an epoch over files that hold `sizes` samples."""
+    generator = np.random.default_rng(order_seed(seed, epoch))
+    total = sum(sizes)
+    files = generator.permutation(len(sizes))
+    keys = np.arange(total) + generator.uniform(0, buffer, total)
+    numbers = np.empty(total, np.int64)
+    numbers[np.argsort(keys, kind="stable")] = np.arange(epoch * total, (epoch + 1) * total)
+    return StreamOrder(files, numbers)

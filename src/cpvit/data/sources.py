@@ -10,6 +10,28 @@ from cpvit.data.cifar import find_cifar, is_cifar, torchvision_cifar
 from cpvit.data.folders import find_in_folder
 from cpvit.data.layout import check_split
 from cpvit.data.records import ImageSource
+from cpvit.data.shards import ShardSource, is_shards, open_shards
+
+
+def open_data(
+    source: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+) -> ImageSource | ShardSource:
+    """What `open_shards` opens if `source` names shards, else the images of `find_samples`.
+
+    Shards are: a pattern with braces, such as `data/train-{000000..000012}.tar`; a folder that holds nothing
+    but .tar files; train/ and val/ folders of .tar files. Arguments and errors are those of `find_samples`.
+
+    Example:
+        >>> open_data("imagenet-shards", split="train")  # doctest: +SKIP
+    """
+    named = isinstance(source, str) and is_cifar(source)
+    if named or data_dir is not None or download or not is_shards(source):
+        return find_samples(source, split=split, data_dir=data_dir, download=download)
+    return open_shards(source, split=split)
 
 
 def find_samples(
@@ -54,6 +76,10 @@ def find_samples(
     if isinstance(source, str) and is_cifar(source):
         return find_cifar(source, split, None if data_dir is None else Path(data_dir), download=download)
     path = Path(source)
+    if is_shards(path):
+        raise ValueError(
+            f"{path} names shards, which are read as a stream and not image by image; open it with open_data"
+        )
     if data_dir is not None or download:
         raise ValueError(
             "data_dir and download (--data-dir, --download) are for cifar10 and cifar100, "

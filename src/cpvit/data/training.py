@@ -28,6 +28,7 @@ from cpvit.data.loader import sample_labels
 from cpvit.data.order import Numbers, Share, augmentation_seed, mixing_seed, shuffled
 from cpvit.data.preprocess import Preprocessing, Transform
 from cpvit.data.records import ImageSource, Reader
+from cpvit.data.shards import ShardSource, shuffled_stream
 
 __all__ = ["Augmentation", "Mixing", "TrainBatch", "TrainBatches", "make_train_batches"]
 
@@ -90,6 +91,24 @@ class ListedImages:
                     order = shuffled(len(self), self.seed, epoch)
                 index = int(order[number % len(self)])
                 yield TrainImage(number, self.reader.read(self.keys[index]), int(self.labels[index]))
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Images in shards, through a shuffle buffer of `buffer` samples."""
+
+    source: ShardSource
+    labels: Mapping[str, int]
+    seed: int
+    buffer: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def stream(self, share: Share) -> Iterator[TrainImage]:
+        """See `TrainImages`."""
+        for number, sample in shuffled_stream(self.source, share, self.seed, self.buffer):
+            yield TrainImage(number, sample.decoded(), sample.label_in(self.labels))
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,7 @@ def _without_skip_hint(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def make_train_batches(
-    source: ImageSource,
+    source: ImageSource | ShardSource,
     preprocessing: Preprocessing,
     *,
     labels: Mapping[str, int],
@@ -206,6 +225,7 @@ def make_train_batches(
     augmentation: Augmentation,
     mixing: Mixing,
     label_smoothing: float = 0.0,
+    shuffle_buffer: int = 5000,
 ) -> TrainBatches:
     """Shuffled, augmented and mixed batches that can start at any step.
 
@@ -215,7 +235,7 @@ def make_train_batches(
     differs. The global random generators are left as they are.
 
     Args:
-        source: From `find_samples(..., split="train")`.
+        source: From `open_data(..., split="train")`.
         preprocessing: Usually `Preprocessing.from_model(model)`.
         labels: From `label_map`.
         num_classes: Outputs of the model's head.
@@ -227,6 +247,8 @@ def make_train_batches(
         augmentation: Of single images.
         mixing: Of batches.
         label_smoothing: Part of a target spread evenly over all classes (arXiv 1512.00567).
+        shuffle_buffer: For shards: samples among which each is shuffled, beside the order of the shards. All
+            loader workers of all processes together hold about half of as many encoded images.
 
     Raises:
         ValueError: An option out of range, an image without a label, or a label that the head lacks.
@@ -243,12 +265,18 @@ def make_train_batches(
         raise ValueError(f"seed is {seed} and num_workers {num_workers}; expected at least 0 for both")
     if mixing.active and batch_size % 2:
         raise ValueError(f"batch_size is {batch_size}, but mixing blends images in pairs; make it even")
+    if shuffle_buffer < 1:
+        raise ValueError(f"shuffle_buffer is {shuffle_buffer}; expected at least 1 sample (1: no shuffling)")
     share = Share(batch_size, rank, world_size)
     make_batch = _BatchMaker(
         augmentation.transform(preprocessing), Mixer(mixing, num_classes, label_smoothing), seed
     )
     _check_head(labels, num_classes)
-    images = _listed(source, labels, seed)
+    images = (
+        _listed(source, labels, seed)
+        if isinstance(source, ImageSource)
+        else StreamedImages(source, labels, seed, shuffle_buffer)
+    )
     return TrainBatches(images, make_batch, share, num_workers=num_workers)
 
 
