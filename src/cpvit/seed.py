@@ -12,8 +12,17 @@ from typing import Literal
 from cpvit.checkpoints import load_checkpoint
 from cpvit.commands.common import progress, say, set_seed
 from cpvit.commands.tables import eval_text, finetune_text
-from cpvit.data import Batches, Preprocessing, find_samples, label_map, make_loader
-from cpvit.data.training import Augmentation, Mixing, TrainBatches, make_train_batches
+from cpvit.data import (
+    Augmentation,
+    Batches,
+    Mixing,
+    Preprocessing,
+    TrainBatches,
+    find_samples,
+    label_map,
+    make_loader,
+    make_train_batches,
+)
 from cpvit.environment import choose_device, choose_dtype
 from cpvit.evaluate import evaluate
 from cpvit.finetune import FinetuneConfig, OptimizerConfig, Processes, Several, finetune, start_processes
@@ -137,7 +146,11 @@ def run_train(arguments: SeedArguments) -> None:
         arguments.output_dir,
         pruning=PruneConfig(macs=arguments.macs),
         resume=arguments.resume,
-        facts={"dataset": arguments.dataset, "pretrained_dir": arguments.pretrained_dir.name},
+        facts={
+            "dataset": arguments.dataset,
+            "pretrained_dir": arguments.pretrained_dir.name,
+            "img_size": arguments.img_size,
+        },
         observer=Several(Bar(), TensorBoard(RunFolder(arguments.output_dir).tensorboard)),
         processes=processes,
     )

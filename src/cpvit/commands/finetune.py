@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -22,8 +23,19 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import CalibrationOptions, PreprocessingOptions
 from cpvit.commands.tables import finetune_text
-from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
-from cpvit.data.training import Augmentation, Mixing, TrainBatches, make_train_batches
+from cpvit.data import (
+    Augmentation,
+    Batches,
+    ImageSource,
+    Mixing,
+    Preprocessing,
+    ShardSource,
+    TrainBatches,
+    label_map,
+    make_loader,
+    make_train_batches,
+    open_data,
+)
 from cpvit.finetune import FinetuneConfig, Observer, Processes, Several, finetune, start_processes
 from cpvit.finetune.folder import RunFolder
 from cpvit.finetune.log import TensorBoard
@@ -58,7 +70,7 @@ class TrainDataOptions:
     """Which images."""
 
     data: str
-    """cifar10, cifar100, or a folder or tar with train/ and test/ or val/ in it."""
+    """cifar10, cifar100, or what holds train/ and test/ or val/: a folder, a .tar, a .tar.gz, or shards."""
     eval_data: str | None = None
     """Images to evaluate on, where they are not part of --data."""
     data_dir: Path | None = None
@@ -69,6 +81,8 @@ class TrainDataOptions:
     """Train on a random sample of this many images, spread over the classes."""
     eval_limit: int | None = None
     """Evaluate on such a sample."""
+    skip_bad_images: bool = False
+    """Leave unreadable images out of an evaluation; in training they are an error."""
     eval_batch_size: int = 64
     """Images per forward pass in an evaluation."""
     workers: int = 0
@@ -123,14 +137,27 @@ class AugmentationOptions:
         )
 
 
+Source: TypeAlias = ImageSource | ShardSource
+
+
 @dataclass(frozen=True)
 class Images:
     """Both splits, opened."""
 
-    train: ImageSource
-    test: ImageSource
-    labels: dict[str, int]
+    train: Source
+    test: Source
     num_classes: int
+
+    @property
+    def train_labels(self) -> dict[str, int]:
+        """Class to index."""
+        return label_map(self.train, self.num_classes)
+
+    @property
+    def test_labels(self) -> dict[str, int]:
+        """Those of the training images, for a test split may lack a class; shards have numbers for names."""
+        same_kind = type(self.test) is type(self.train)
+        return self.train_labels if same_kind else label_map(self.test, self.num_classes)
 
 
 def run(
@@ -181,7 +208,7 @@ def run(
         pruning=resolved,
         teacher=teacher,
         resume=resume,
-        facts=_facts(start, data, images, augmentation, prepared),
+        facts=_facts(start, images, augmentation, prepared),
         observer=observer,
         processes=processes,
     )
@@ -203,34 +230,36 @@ def _wanted(pruning: PruneConfig, plan: Path | None, dense: bool) -> PruneConfig
 
 
 def _images(start: StartOptions, data: TrainDataOptions, seed: int) -> Images:
-    train = find_samples(data.data, split="train", data_dir=data.data_dir, download=data.download)
+    train = open_data(data.data, split="train", data_dir=data.data_dir, download=data.download)
     if data.eval_data is not None:
-        test = find_samples(data.eval_data)
+        test = open_data(data.eval_data)
+    elif train.split_name is not None:
+        test = open_data(data.data, split="test", data_dir=data.data_dir, download=data.download)
     else:
-        test = find_samples(data.data, split="test", data_dir=data.data_dir, download=data.download)
-    if data.eval_data is None and train.split_name is None:
         raise ValueError(
             f"{data.data} has no train/ and test/ (or val/) folders, so there is nothing apart to evaluate on; "
             "give the evaluation images with --eval-data"
         )
     num_classes = _num_classes(start, train)
-    labels = label_map(train, num_classes)
-    return Images(
-        train.limited(data.train_limit, seed), test.limited(data.eval_limit, seed), labels, num_classes
-    )
+    label_map(train, num_classes)  # refuse classes that do not fit the head before anything is limited
+    return Images(train.limited(data.train_limit, seed), test.limited(data.eval_limit, seed), num_classes)
 
 
-def _num_classes(start: StartOptions, train: ImageSource) -> int:
-    """As asked for, or the head of the checkpoint where the images' WordNet ids fit it, or one per class folder."""
+def _num_classes(start: StartOptions, train: Source) -> int:
+    """As asked for, or the head of the checkpoint where the images' classes fit it, or one per class folder."""
     if start.num_classes is not None:
         return start.num_classes
     in_file = None if start.checkpoint is None else head_classes(start.checkpoint)
+    if isinstance(train, ShardSource):
+        if in_file is None:
+            raise ValueError(f"{train.name} does not say how many classes it has; give --num-classes")
+        return in_file
     if in_file is not None and in_file > len(train.classes) and _known(train, in_file):
         return in_file
     return len(train.classes)
 
 
-def _known(train: ImageSource, num_classes: int) -> bool:
+def _known(train: Source, num_classes: int) -> bool:
     """Whether a head of so many classes has a place for every class of the images (a subset of ImageNet's)."""
     try:
         label_map(train, num_classes)
@@ -329,7 +358,7 @@ def _train_batches(
     return make_train_batches(
         images.train,
         prepared,
-        labels=images.labels,
+        labels=images.train_labels,
         num_classes=images.num_classes,
         batch_size=training.micro_batch_size,
         seed=training.seed,
@@ -348,9 +377,10 @@ def _eval_batches(
     return make_loader(
         images.test,
         prepared,
-        labels=images.labels,
+        labels=images.test_labels,
         batch_size=data.eval_batch_size,
         num_workers=data.workers,
+        skip_bad_images=data.skip_bad_images,
         rank=processes.rank,
         world_size=processes.world_size,
     )
@@ -358,19 +388,38 @@ def _eval_batches(
 
 def _facts(
     start: StartOptions,
-    data: TrainDataOptions,
     images: Images,
     augmentation: AugmentationOptions,
     prepared: Preprocessing,
 ) -> dict[str, Any]:
     """What must be the same when the run goes on. Files may have moved; what is in them counts."""
     return {
-        "checkpoint": None if start.checkpoint is None else start.checkpoint.name,
+        "checkpoint": _digest_of_file(start.checkpoint),
         "pretrained": start.pretrained,
-        "teacher_checkpoint": None if start.teacher_checkpoint is None else start.teacher_checkpoint.name,
+        "teacher_checkpoint": _digest_of_file(start.teacher_checkpoint),
         "num_classes": images.num_classes,
-        "train_images": len(images.train.samples),
-        "eval_images": len(images.test.samples),
+        "train_images": _identity(images.train),
+        "eval_images": _identity(images.test),
         "preprocessing": prepared.to_dict(),
         "augmentation": asdict(augmentation),
     }
+
+
+def _digest_of_file(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    digest = sha256()
+    with path.expanduser().open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return f"{path.name} (sha256 {digest.hexdigest()[:16]})"
+
+
+def _identity(source: Source) -> str:
+    """How many images, and which: their names below the source, and their classes."""
+    names = (
+        [(shard.name, size) for shard, size in zip(source.shards, source.sizes, strict=True)]
+        if isinstance(source, ShardSource)
+        else [(sample.key, sample.class_name) for sample in source.samples]
+    )
+    return f"{len(source)} (sha256 of the names {sha256(repr(names).encode()).hexdigest()[:16]})"

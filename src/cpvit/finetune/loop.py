@@ -26,8 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
-from cpvit.data import Batches
-from cpvit.data.training import TrainBatch, TrainBatches
+from cpvit.data import Batches, TrainBatch, TrainBatches
 from cpvit.environment import DTYPES, Environment, describe_environment
 from cpvit.finetune.checkpoint import Evaluation, TrainingState, as_facts, differences
 from cpvit.finetune.config import FinetuneConfig
@@ -518,4 +517,6 @@ def evaluate_at(
         sums += torch.tensor([loss, hits[:, 0].sum(), hits.any(dim=1).sum(), len(hits)], dtype=torch.float64)
     model.train(was_training)
     loss_sum, top1, top5, images = processes.total(sums).tolist()
+    if not images:
+        raise ValueError("not one of the images to evaluate on could be read")
     return Evaluation(step, 100 * top1 / images, 100 * top5 / images, loss_sum / images, int(images))
