@@ -312,6 +312,19 @@ class TestGoingOn:
         expected = f"going on after step {parts.resumed_at} of" if stop else "no checkpoint in"
         assert any(expected in text for text in listener.said)
 
+    @pytest.mark.parametrize(
+        ("stop", "words"),
+        [
+            (0, "interrupted after step 1, before the first checkpoint"),
+            (2, "after step 3; --resume goes on after step 2"),
+        ],
+    )
+    def test_an_interruption_says_how_to_go_on(self, stop: int, words: str, tmp_path: Path) -> None:
+        listener = Listener(stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, SHORT, observer=listener)
+        assert words in listener.said[-1]
+
     def test_a_finished_run_has_nothing_left_to_do(self, tmp_path: Path) -> None:
         first = train(tmp_path, SHORT)
         again = train(tmp_path, SHORT, resume=True)

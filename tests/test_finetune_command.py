@@ -76,6 +76,7 @@ def test_from_foreign_weights_to_a_pruned_model_that_eval_reads(
     recipe = ["--method", "cpvit-merge", "--macs", "0.7", "--distill", "0.5", "--distill-features", "0.1"]
     recipe += ["--teacher-checkpoint", str(dense), "--mixup", "0.8", "--rand-augment", "rand-m9-mstd0.5-inc1"]
     recipe += ["--ema-decay", "0.9", "--layer-decay", "0.8", "--tighten-steps", "1", "--dtype", "bfloat16"]
+    recipe += ["--drop-path", "0.1"]
     assert main(arguments(data, dense, tmp_path / "pruned", *recipe, "--json", str(record))) == 0
     captured = capsys.readouterr()
     assert "method cpvit-merge, macs=0.7" in captured.out
@@ -144,6 +145,7 @@ def test_heads_are_chosen_on_training_images(data: Path, weights: Path, tmp_path
         (["--macs", "0.01"], "macs=0.01 cannot be met by pruning patches"),
         (["--freeze-blocks", "7"], "freeze_blocks is 7 but test_vit has 6 blocks"),
         (["--flip", "2"], "flip is 2.0"),
+        (["--drop-path", "1"], "drop_path is 1.0; give a probability of at least 0 and below 1"),
         (["--device", "abacus"], "device must be auto, cpu, cuda"),
     ],
 )

@@ -158,6 +158,7 @@ def run_train(arguments: SeedArguments) -> None:
         print(f"{arguments.name}: {arguments.dataset}, {arguments.model_type}")
         print(finetune_text(result))
         say(f"models, checkpoint and record: {arguments.output_dir}")
+    processes.part()
 
 
 def seed_config(arguments: SeedArguments) -> FinetuneConfig:

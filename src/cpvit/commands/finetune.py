@@ -61,6 +61,8 @@ class StartOptions:
     """Classes of the head; by default those of the images."""
     image_size: tuple[int, ...] | None = None
     """Side of the square image, or height and width; by default the model's own."""
+    drop_path: float = 0.0
+    """Probability that the deepest block is skipped in training, less in those before it (timm's models only)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
 
@@ -192,7 +194,7 @@ def run(
     processes = start_processes(start.device)
     set_seed(training.seed)
     images = _images(start, data, training.seed)
-    model = _model(start, images.num_classes, training, quiet=not processes.is_main)
+    model = _model(start, images.num_classes, training, quiet=not processes.is_main).to(processes.device)
     prepared = build_preprocessing(model, preprocessing)
     teacher = _teacher(start, images.num_classes, training)
     resolved = _resolved(model, wanted, calibration, preprocessing, images, training.seed)
@@ -216,6 +218,7 @@ def run(
         print(finetune_text(result))
         say(f"models, checkpoint and record: {output_dir}")
         write_record(result, json)
+    processes.part()
 
 
 def _wanted(pruning: PruneConfig, plan: Path | None, dense: bool) -> PruneConfig | Plan | None:
@@ -278,6 +281,7 @@ def _model(start: StartOptions, num_classes: int, training: FinetuneConfig, *, q
         num_classes=num_classes,
         image_size=image_size_of(start.image_size),
         pretrained=start.pretrained,
+        drop_path=start.drop_path,
     )
     open_host(model)  # refuse what cannot be pruned before reading large files
     if start.checkpoint is None:
@@ -396,6 +400,7 @@ def _facts(
     return {
         "checkpoint": _digest_of_file(start.checkpoint),
         "pretrained": start.pretrained,
+        "drop_path": start.drop_path,
         "teacher_checkpoint": _digest_of_file(start.teacher_checkpoint),
         "num_classes": images.num_classes,
         "train_images": _identity(images.train),

@@ -95,7 +95,7 @@ def finetune(
     """Finetune a model in place, and keep its best and its last state in a folder.
 
     Args:
-        model: An untouched model with the weights to start from, on its device, in float32.
+        model: An untouched model with the weights to start from, in float32; moved to the device of this process.
         train: Batches of ``config.micro_batch_size`` images, for this process among ``processes``.
         evaluation: Labelled images to evaluate on, this process's share.
         config: How.
@@ -124,6 +124,7 @@ def finetune(
     processes = processes or start_processes()
     folder = RunFolder(Path(output_dir).expanduser())
     state = folder.found(resume=resume)
+    model.to(processes.device)
     teacher = _teacher(model, teacher, config)
     plan = _prune(model, pruning, config, state)
     described = as_facts(
@@ -157,7 +158,7 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, config: FinetuneConfig
         if plan_of(model) is not None:
             raise ValueError("the model is pruned already; give it untouched, or give a dense teacher")
         teacher = copy.deepcopy(model)
-    return teacher.eval().requires_grad_(False)
+    return teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
 
 
 def _prune(
@@ -216,7 +217,7 @@ class _Run:
     ) -> None:
         self.config, self.plan, self.teacher = config, plan, teacher
         self.folder, self.facts, self.observer, self.processes = folder, facts, observer, processes
-        self.model = model.to(processes.device)
+        self.model = model
         self.host = open_host(model)
         _check_weights(self.host)
         self.classifier = classifier_of(self.host)
@@ -250,6 +251,9 @@ class _Run:
             self.observer.say(f"going on after step {self.step} of {self.config.num_steps}")
         try:
             self._steps(train, evaluation)
+        except KeyboardInterrupt:
+            self.observer.say(self._interrupted())
+            raise
         finally:
             self.observer.stop()
         self._set_plan(self.config.num_steps)
@@ -258,6 +262,14 @@ class _Run:
             self.folder.save_record(record_text(result))
         self.processes.wait()
         return result
+
+    def _interrupted(self) -> str:
+        if self.saved_at is None:
+            return f"interrupted after step {self.step}, before the first checkpoint"
+        return (
+            f"interrupted after step {self.step}; --resume goes on after step {self.saved_at} "
+            f"({self.folder.checkpoint})"
+        )
 
     def _steps(self, train: TrainBatches, evaluation: Batches) -> None:
         batches = train.starting_at(self.step * self.config.accumulation)

@@ -66,6 +66,11 @@ class Processes:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
 
+    def part(self) -> None:
+        """Take leave of the others, at the very end; nothing happens if there are none."""
+        if self.world_size > 1:
+            self.accelerator.end_training()
+
 
 def start_processes(device: str = "auto") -> Processes:
     """Join the processes this one was started with, or be the only one.
