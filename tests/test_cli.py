@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from cpvit import PruneConfig, prune_
 from cpvit.cli import main, run_cli
-from cpvit.seed import run_eval, run_train
+from cpvit.seed import run_eval
 
-VERBS = ("eval", "benchmark", "verify", "models", "demo")
+VERBS = ("eval", "benchmark", "finetune", "verify", "models", "demo")
 MODEL = "test_vit"
 """timm's own model for tests: 6 blocks, 2 heads, 100 patches of 160x160."""
 
@@ -434,10 +434,6 @@ class TestOriginalCommandLines:
             "--fp16",
         )
         assert all(flag in text for flag in flags)
-
-    def test_training_says_that_it_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run_cli(run_train, ["--name=x", "--dataset=cifar10", "--num_steps=3"], prog="train.py") == 1
-        assert "train.py: error: finetuning (x) is not in this version" in capsys.readouterr().err
 
     def test_a_checkpoint_that_is_not_there_is_one_line(self, monkeypatch: Any, capsys: Any) -> None:
         monkeypatch.setattr("cpvit.seed.create_model", lambda *_, **__: timm.create_model(MODEL))

@@ -17,12 +17,13 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
-    from cpvit.commands import benchmark, demo, eval, models, plan, support, sweep, verify
+    from cpvit.commands import benchmark, demo, eval, finetune, models, plan, support, sweep, verify
 
     return {
         "eval": eval.run,
         "benchmark": benchmark.run,
         "plan": plan.run,
+        "finetune": finetune.run,
         "sweep": sweep.run,
         "verify": verify.run,
         "models": models.run,

@@ -29,6 +29,7 @@ def create_model(
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Create a model in eval mode: images [B 3 H W] -> logits [B num_classes].
 
@@ -41,9 +42,11 @@ def create_model(
         image_size: Side of the input, or (height, width); None takes the model's own. Must be a multiple of
             the patch size.
         pretrained: Download the weights. They are never downloaded otherwise.
+        drop_path: Probability that the deepest block is skipped in training, falling to 0 at the first
+            (stochastic depth, arXiv 1603.09382); timm's models only.
 
     Raises:
-        ValueError: The name is unknown, or a size is impossible.
+        ValueError: The name is unknown, or a size or a probability is impossible.
 
     Example:
         >>> create_model("vit_tiny_patch16_224", num_classes=10, image_size=96).num_classes
@@ -53,13 +56,19 @@ def create_model(
 
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes is {num_classes}; give 0 (no head) or more")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path is {drop_path}; give a probability of at least 0 and below 1")
     size = _checked_size(image_size)
     if name.startswith(_TORCHVISION_PREFIX):
+        if drop_path:
+            raise ValueError(f"{name} has no stochastic depth, got drop_path={drop_path}; leave it out")
         return _create_torchvision(name, num_classes, size, pretrained)
     timm_name = resolve_model_name(name)
     options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None:
         options["img_size"] = size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
         model: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **options)
     except TypeError as error:

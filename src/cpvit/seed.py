@@ -11,10 +11,24 @@ from typing import Literal
 
 from cpvit.checkpoints import load_checkpoint
 from cpvit.commands.common import progress, say, set_seed
-from cpvit.commands.tables import eval_text
-from cpvit.data import Preprocessing, find_samples, label_map, make_loader
+from cpvit.commands.tables import eval_text, finetune_text
+from cpvit.data import (
+    Augmentation,
+    Batches,
+    Mixing,
+    Preprocessing,
+    TrainBatches,
+    find_samples,
+    label_map,
+    make_loader,
+    make_train_batches,
+)
 from cpvit.environment import choose_device, choose_dtype
 from cpvit.evaluate import evaluate
+from cpvit.finetune import FinetuneConfig, OptimizerConfig, Processes, Several, finetune, start_processes
+from cpvit.finetune.folder import RunFolder
+from cpvit.finetune.log import TensorBoard
+from cpvit.finetune.progress import Bar
 from cpvit.models import create_model
 from cpvit.plan import PruneConfig
 
@@ -73,6 +87,8 @@ class SeedArguments:
     """Accepted and not needed: torch chooses the loss scale."""
     macs: float | None = None
     """Fraction of the dense MACs to spend (by default half of the patches are left at the end)."""
+    resume: bool = False
+    """Go on from the checkpoint in output_dir."""
     device: str = "auto"
     """auto, cpu, cuda ..."""
 
@@ -108,8 +124,91 @@ def run_eval(arguments: SeedArguments) -> None:
     print(eval_text(result))
 
 
+SEED_CROP = (0.05, 1.0)
+"""Part of the image's area that the original's random crop takes; its images are not flipped."""
+
+
 def run_train(arguments: SeedArguments) -> None:
-    """Finetuning is not in this version; says so instead of pretending."""
-    raise ValueError(
-        f"finetuning ({arguments.name}) is not in this version of cpvit; pruning without finetuning is: see eval.py"
+    """Finetune a pruned model on CIFAR, as the original train.py was meant to."""
+    processes = start_processes(arguments.device)
+    set_seed(arguments.seed)
+    classes = CLASSES[arguments.dataset]
+    model = create_model(arguments.model_type, num_classes=classes, image_size=arguments.img_size)
+    report = load_checkpoint(model, arguments.pretrained_dir, replace_head=True)
+    if processes.is_main:
+        say(report.summary())
+    train, test = _train_and_test(arguments, processes)
+    result = finetune(
+        model,
+        train,
+        test,
+        seed_config(arguments),
+        arguments.output_dir,
+        pruning=PruneConfig(macs=arguments.macs),
+        resume=arguments.resume,
+        facts={
+            "dataset": arguments.dataset,
+            "pretrained_dir": arguments.pretrained_dir.name,
+            "img_size": arguments.img_size,
+        },
+        observer=Several(Bar(), TensorBoard(RunFolder(arguments.output_dir).tensorboard)),
+        processes=processes,
+    )
+    if processes.is_main:
+        print(f"{arguments.name}: {arguments.dataset}, {arguments.model_type}")
+        print(finetune_text(result))
+        say(f"models, checkpoint and record: {arguments.output_dir}")
+    processes.part()
+
+
+def seed_config(arguments: SeedArguments) -> FinetuneConfig:
+    """The original's recipe: SGD with momentum 0.9, linear warm-up, then a cosine or a line."""
+    return FinetuneConfig(
+        num_steps=arguments.num_steps,
+        batch_size=arguments.train_batch_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        dtype="float16" if arguments.fp16 else "float32",
+        eval_every=arguments.eval_every,
+        checkpoint_every=arguments.eval_every,
+        seed=arguments.seed,
+        optimization=OptimizerConfig(
+            optimizer="sgd",
+            learning_rate=arguments.learning_rate,
+            weight_decay=arguments.weight_decay,
+            momentum=0.9,
+            max_grad_norm=arguments.max_grad_norm,
+            # A run shorter than the original's 1000 steps of warm-up ends within it.
+            warmup_steps=min(arguments.warmup_steps, arguments.num_steps),
+            decay=arguments.decay_type,
+        ),
+    )
+
+
+def _train_and_test(arguments: SeedArguments, processes: Processes) -> tuple[TrainBatches, Batches]:
+    prepared = seed_preprocessing(arguments.img_size)
+    classes = CLASSES[arguments.dataset]
+    train, test = (
+        find_samples(arguments.dataset, split=split, data_dir=arguments.data_dir, download=arguments.download)
+        for split in ("train", "test")
+    )
+    labels = label_map(train, classes)
+    batches = make_train_batches(
+        train,
+        prepared,
+        labels=labels,
+        num_classes=classes,
+        batch_size=arguments.train_batch_size // arguments.gradient_accumulation_steps,
+        seed=arguments.seed,
+        augmentation=Augmentation(scale=SEED_CROP, flip=0.0),
+        mixing=Mixing(),
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    return batches, make_loader(
+        test,
+        prepared,
+        labels=labels,
+        batch_size=arguments.eval_batch_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
     )

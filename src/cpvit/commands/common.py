@@ -40,7 +40,7 @@ def build_model(options: ModelOptions, *, data: str | None = None, weights_neede
     model = create_model(
         options.model,
         num_classes=_num_classes(options, data),
-        image_size=_image_size(options.image_size),
+        image_size=image_size_of(options.image_size),
         pretrained=options.pretrained,
     )
     open_host(model)  # refuse what cannot be pruned before reading large files
@@ -57,7 +57,12 @@ def _num_classes(options: ModelOptions, data: str | None) -> int | None:
     return CIFAR_CLASSES.get(data or "")
 
 
-def _image_size(size: tuple[int, ...] | None) -> int | tuple[int, int] | None:
+def image_size_of(size: tuple[int, ...] | None) -> int | tuple[int, int] | None:
+    """What ``--image-size`` means.
+
+    Raises:
+        ValueError: More than two numbers.
+    """
     if size is None:
         return None
     if len(size) > 2:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cpvit.benchmark import BenchmarkResult, Comparison, Timing
 from cpvit.evaluate import EvalResult
+from cpvit.finetune import FinetuneResult
 from cpvit.plan import Plan
 
 
@@ -144,3 +145,24 @@ def gains_text(results: Sequence[Comparison]) -> str:
     ]
     count = f"{len(runs) - len(idle)} of {len(runs)} runs were faster than dense"
     return f"{count}; not faster: {'; '.join(idle)}" if idle else count
+
+
+def finetune_text(result: FinetuneResult) -> str:
+    """What came out of a finetuning run, how fast it was, and the plan."""
+    shown = {"best": result.best, "last": result.final}
+    rows = [
+        [name, str(found.step), f"{found.top1:.2f}", f"{found.top5:.2f}", f"{found.loss:.4f}"]
+        for name, found in shown.items()
+        if found is not None
+    ]
+    environment = result.environment
+    loss = result.history["loss"]
+    lines = [
+        f"{result.model}, {result.steps_done} steps, {environment.dtype} on {environment.device}, "
+        f"{result.trained_values / 1e6:.2f} M weights trained",
+        table(["", "step", "top-1 %", "top-5 %", "loss"], rows),
+        f"training loss {loss[0]:.4f} -> {loss[-1]:.4f}, {result.images_per_s:.1f} images/s, "
+        f"{result.seconds:.0f} s in training steps",
+        "dense: nothing pruned" if result.plan is None else plan_text(result.plan),
+    ]
+    return "\n".join(lines)
