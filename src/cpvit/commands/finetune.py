@@ -15,6 +15,7 @@ from cpvit.checkpoints import head_classes, load_checkpoint
 from cpvit.commands.common import (
     build_calibration,
     build_preprocessing,
+    heads_need_images,
     image_size_of,
     planned,
     say,
@@ -197,7 +198,7 @@ def run(
     model = _model(start, images.num_classes, training, quiet=not processes.is_main).to(processes.device)
     prepared = build_preprocessing(model, preprocessing)
     teacher = _teacher(start, images.num_classes, training)
-    resolved = _resolved(model, wanted, calibration, preprocessing, images, training.seed)
+    statistics = _statistics(model, wanted, calibration, preprocessing, images, training.seed)
     observer: Observer = Bar()
     if tensorboard:
         observer = Several(observer, TensorBoard(RunFolder(output_dir.expanduser()).tensorboard))
@@ -207,7 +208,8 @@ def run(
         _eval_batches(images, prepared, data, processes),
         training,
         output_dir,
-        pruning=resolved,
+        pruning=_resolved(model, wanted, statistics),
+        calibration=statistics,
         teacher=teacher,
         resume=resume,
         facts=_facts(start, images, augmentation, prepared),
@@ -316,32 +318,27 @@ def _teacher(start: StartOptions, num_classes: int, training: FinetuneConfig) ->
 
 
 def _resolved(
+    model: nn.Module, wanted: PruneConfig | Plan | None, statistics: Calibration | None
+) -> PruneConfig | Plan | None:
+    """What depends on calibration images becomes a plan here, so that a run that goes on finds the same."""
+    if statistics is None or not isinstance(wanted, PruneConfig):
+        return wanted
+    return make_plan(open_host(model), wanted, statistics)
+
+
+def _statistics(
     model: nn.Module,
     wanted: PruneConfig | Plan | None,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
     images: Images,
     seed: int,
-) -> PruneConfig | Plan | None:
-    """What needs calibration images becomes a plan here; they are training images unless others are given."""
-    if not isinstance(wanted, PruneConfig):
-        return wanted
-    heads_need_images = wanted.head_keep_rate < 1 and wanted.head_mode == "slice"
-    if calibration.calibration is None and not heads_need_images:
-        return wanted
-    statistics = _statistics(model, calibration, preprocessing, images, seed)
-    return make_plan(open_host(model), wanted, statistics)
-
-
-def _statistics(
-    model: nn.Module,
-    calibration: CalibrationOptions,
-    preprocessing: PreprocessingOptions,
-    images: Images,
-    seed: int,
 ) -> Calibration | None:
+    """On the calibration images; where heads need some and none are given, on training images; else None."""
     if calibration.calibration is not None:
         return build_calibration(model, calibration, preprocessing, seed=seed)
+    if wanted is None or not heads_need_images(wanted):
+        return None
     batches = make_loader(
         images.train.limited(calibration.calibration_limit, seed),
         build_preprocessing(model, preprocessing),

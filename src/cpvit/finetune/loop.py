@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
+from cpvit.calibrate import Calibration
 from cpvit.data import Batches, TrainBatch, TrainBatches
 from cpvit.environment import DTYPES, Environment, describe_environment
 from cpvit.finetune.checkpoint import Evaluation, TrainingState, as_facts, differences
@@ -86,6 +87,7 @@ def finetune(
     output_dir: str | Path,
     *,
     pruning: PruneConfig | Plan | None,
+    calibration: Calibration | None = None,
     teacher: nn.Module | None = None,
     resume: bool = False,
     facts: Mapping[str, Any] | None = None,
@@ -101,6 +103,7 @@ def finetune(
         config: How.
         output_dir: The folder of the run (:mod:`cpvit.finetune.folder`).
         pruning: What to prune; None trains the dense model.
+        calibration: For a pruning that follows the images, or makes up for the heads it cuts.
         teacher: The dense model to learn from; default: the model as it is given here. Used only if the
             configuration asks for it.
         resume: Go on from the checkpoint in the folder; start anew if it holds none, which is said.
@@ -126,7 +129,7 @@ def finetune(
     state = folder.found(resume=resume)
     model.to(processes.device)
     teacher = _teacher(model, teacher, config)
-    plan = _prune(model, pruning, config, state)
+    plan = _prune(model, pruning, calibration, config, state)
     described = as_facts(
         {
             "model": open_host(model).name,
@@ -162,11 +165,19 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, config: FinetuneConfig
 
 
 def _prune(
-    model: nn.Module, pruning: PruneConfig | Plan | None, config: FinetuneConfig, state: TrainingState | None
+    model: nn.Module,
+    pruning: PruneConfig | Plan | None,
+    calibration: Calibration | None,
+    config: FinetuneConfig,
+    state: TrainingState | None,
 ) -> Plan | None:
     """Install the plan; that of the checkpoint if there is one. A dense run has none."""
     if state is not None and state.plan is not None:
-        pruning = Plan.from_json(state.plan)
+        plan = Plan.from_json(state.plan)
+        prune_(
+            model, plan.uncorrected, checkpointing=config.checkpointing
+        )  # the weights come from the checkpoint
+        return plan
     if pruning is None and not config.checkpointing:
         return None
     if pruning is None:
@@ -174,7 +185,7 @@ def _prune(
         host = open_host(model)
         prune_(model, PruneConfig(keep_per_block=(host.num_patches,) * host.depth), checkpointing=True)
         return None
-    return prune_(model, pruning, checkpointing=config.checkpointing)
+    return prune_(model, pruning, calibration=calibration, checkpointing=config.checkpointing)
 
 
 def _asked(config: FinetuneConfig, pruning: PruneConfig | Plan | None) -> dict[str, Any]:
