@@ -24,12 +24,12 @@ from finetuning import student, train
 from cpvit.finetune import FinetuneConfig, FinetuneResult, OptimizerConfig, TighteningConfig
 
 KILLED = FinetuneConfig(
-    num_steps=30,
+    num_steps=20,
     batch_size=4,
     checkpoint_every=1,
-    eval_every=10,
+    eval_every=8,
     ema_decay=0.9,
-    tightening=TighteningConfig(tighten_steps=20),
+    tightening=TighteningConfig(tighten_steps=12),
     optimization=OptimizerConfig(learning_rate=1e-3),
 )
 SHARED = FinetuneConfig(
@@ -39,7 +39,7 @@ SHARED = FinetuneConfig(
     eval_every=3,
     optimization=OptimizerConfig(optimizer="sgd", learning_rate=0.05, weight_decay=0.0),
 )
-KILLS = 8
+KILLS = 6
 
 
 def forked(work: Callable[[], object]) -> int:

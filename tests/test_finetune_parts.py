@@ -34,6 +34,7 @@ from cpvit.finetune.losses import classification_loss, distillation_loss, featur
 from cpvit.finetune.optimise import classifier_of, drop_unused_, freeze_, make_optimizer, make_schedule
 from cpvit.finetune.progress import Bar
 from cpvit.finetune.tighten import in_force, interpolated, plan_at, set_patches_
+from cpvit.models import create_model
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,13 @@ class TestFreezing:
     def test_more_blocks_than_there_are(self, make: Any) -> None:
         with pytest.raises(ValueError, match=r"freeze_blocks is 4 but \S+ has 3 blocks"):
             freeze_(make(), FreezeConfig(freeze_blocks=4))
+
+
+def test_stochastic_depth_is_timms_only() -> None:
+    model = create_model("test_vit", drop_path=0.2)
+    assert max(getattr(module, "drop_prob", None) or 0 for module in model.modules()) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"torchvision/vit_b_16 has no stochastic depth, got drop_path=0\.2"):
+        create_model("torchvision/vit_b_16", drop_path=0.2)
 
 
 def test_a_model_without_a_classifier_is_refused() -> None:
