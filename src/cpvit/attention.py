@@ -23,14 +23,17 @@ from torch.nn import functional as F
 
 EvidenceKind: TypeAlias = Literal["none", "max", "class"]
 
-CHUNK_BYTES = 1 << 20
-"""Attention matrix built at once on a CPU, for each thread: about what a core's own cache holds."""
+CHUNK_BYTES = 2 << 20
+"""Attention matrix built at once on a CPU, for each thread: about twice what a core's own cache holds."""
 
-MOST_CHUNKED_THREADS = 8
+MOST_CHUNKED_THREADS = 4
 """More threads than this get no larger chunk: the buffer must stay small beside the activations."""
 
 ROW_BYTES = 64
 """Rows of the buffer are padded to whole vector registers: a ragged end costs a softmax up to half its time."""
+
+FEW_TOKENS = 256
+"""Up to here, and in half precision always, the workspace is faster than the fused kernel and a class row."""
 
 
 class AttentionInputs(NamedTuple):
@@ -86,7 +89,7 @@ def attend(
         return _explicit(inputs, evidence, num_prefix, keep_probs=True)
     if evidence == "none":
         return Attended(_fused(inputs))
-    if _can_use_workspace(inputs):
+    if _can_use_workspace(inputs) and (evidence == "max" or _workspace_is_faster(inputs.query)):
         return _in_workspace(inputs, evidence, num_prefix)
     if evidence == "class" and num_prefix:
         return Attended(_fused(inputs), _class_row(inputs))
@@ -150,8 +153,15 @@ def _can_use_workspace(inputs: AttentionInputs) -> bool:
     )
 
 
+def _workspace_is_faster(query: Tensor) -> bool:
+    return query.element_size() < 4 or query.shape[2] <= FEW_TOKENS
+
+
 def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: int) -> Attended:
-    """The matrix of a few images or heads at a time, always in the same memory."""
+    """The matrix of a few images or heads at a time, always in the same memory.
+
+    The keys are padded, not the matrix: only a result without gaps is multiplied as one batch.
+    """
     query, key, value, scale, bias, *_ = inputs
     batch, heads, tokens, head_dim = value.shape
     lanes = ROW_BYTES // query.element_size()
@@ -159,18 +169,20 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
     pieces = list(_pieces(query, CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)))
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
-    logits_buffer = query.new_full((rows, tokens, width), -inf)  # the padding stays so: its probability is 0
+    keys = key.new_zeros(rows, width, key.shape[3])
+    logits_buffer = query.new_empty(rows, tokens, width)
     probs_buffer = torch.empty_like(logits_buffer)
     out = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # so that joining heads is a view
     scores = query.new_empty(batch, heads, width)
     for piece in pieces:
         shape = query[piece].shape[:2]
-        q, k, v = (tensor[piece].flatten(0, 1) for tensor in (query, key, value))
-        logits, probs = logits_buffer[: len(q)], probs_buffer[: len(q)]
-        real = logits[..., :tokens]
-        torch.baddbmm(real, q, k.transpose(1, 2), beta=0, alpha=scale, out=real)
+        q, v = query[piece].flatten(0, 1), value[piece].flatten(0, 1)
+        k, logits, probs = keys[: len(q)], logits_buffer[: len(q)], probs_buffer[: len(q)]
+        k[:, :tokens].unflatten(0, shape).copy_(key[piece])
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=scale, out=logits)
         if bias is not None:
-            real.unflatten(0, shape).add_(bias[piece])
+            logits[..., :tokens].unflatten(0, shape).add_(bias[piece])
+        logits[..., tokens:].fill_(-inf)
         torch.softmax(logits, dim=-1, out=probs)
         scores[piece] = _evidence(probs.unflatten(0, shape), evidence, num_prefix)
         out[piece] = torch.bmm(probs[..., :tokens], v).unflatten(0, shape)
