@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import tiny_vit
 
@@ -80,6 +81,13 @@ def test_every_method_can_be_timed_and_priced(method: str) -> None:
     assert times.total([20, 10, 5]) > 0
     assert (times.num_patches, times.num_prefix, times.method) == (35, 1, method_named(method))
     assert predict_seconds(bench, [(20, 10, 5), (35, 35, 35)])[0] > 0
+
+
+def test_blocks_that_are_given_more_than_tokens_can_be_timed() -> None:
+    """A rotary embedding, of which those that are left take their rows."""
+    host = open_host(timm.create_model("eva02_tiny_patch14_224", img_size=70, depth=2).eval())
+    bench = Workbench(host, method_named("cpvit-merge"), 1, stopwatch=Clock())
+    assert time_model(bench).total([20, 10]) > 0
 
 
 def test_what_was_measured_is_not_measured_again(cache: Path) -> None:

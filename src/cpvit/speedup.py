@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -69,7 +68,6 @@ def tune_speedup(
     searches: int = 3,
     seconds: float = 10.0,
     seed: int = 0,
-    memory: Path | None = None,
     on_judged: Callable[[int, float], None] = lambda judged, best: None,
     tell: Tell = lambda _: None,
     measure: Measure | None = None,
@@ -89,7 +87,6 @@ def tune_speedup(
         searches: How often to search at most.
         seconds: How long to measure each time.
         seed: Of the search and of the random images that are timed.
-        memory: File to remember judged schedules in; an interrupted search goes on from it.
         on_judged: Told the number of schedules judged and the least KL so far.
         tell: Told what is done.
         measure: Measures a plan; by default :func:`cpvit.benchmark.benchmark`, median of the rounds.
@@ -123,7 +120,6 @@ def tune_speedup(
                 head_choice=head_choice,
                 trials=trials,
                 seed=seed,
-                memory=memory,
                 on_judged=on_judged,
                 multiple=multiple,
                 costs=times,

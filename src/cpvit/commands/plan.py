@@ -49,7 +49,8 @@ def run(
     """Search, on calibration images, for the schedule that does the least damage for a budget.
 
     Interrupt it when you like: the same command line goes on where it stopped. With --speedup the budget is time: the
-    blocks are timed on this machine for --batch-size, and the plan is measured before it is written.
+    blocks are timed on this machine for --batch-size, and the plan is measured before it is written; interrupted, it
+    begins again, but for the times.
 
     Args:
         out: Where to write the plan (JSON); what the search knows is kept beside it until it is done.
@@ -71,7 +72,8 @@ def run(
     try:
         found = _search(network, images, labels, target, settings)
     except KeyboardInterrupt:
-        say(f"stopped; the same command goes on from {memory}")
+        if target.speedup is None:
+            say(f"stopped; the same command goes on from {memory}")
         raise
     tuned = found.tuned if isinstance(found, SpeedTuned) else found
     write_atomically(out, tuned.plan.to_json())
@@ -126,7 +128,6 @@ def _search(
             "head_choice": settings.head_choice,
             "trials": settings.trials,
             "seed": settings.seed,
-            "memory": settings.memory,
             "on_judged": judged,
         }
         if target.speedup is not None:
@@ -141,7 +142,9 @@ def _search(
                 **common,
             )
         multiple = _multiple(network, target, settings)
-        return tune(network, images, target, labels=labels, multiple=multiple, **common)
+        return tune(
+            network, images, target, labels=labels, multiple=multiple, memory=settings.memory, **common
+        )
 
 
 def _multiple(network: Any, target: Target, settings: _Settings) -> int:
