@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class Attended(NamedTuple):
     """[B H N N] attention probabilities, only when watched."""
 
 
+class ScoredAttention(Protocol):
+    """A kernel that gives output and column maxima at once; see :mod:`cpvit.kernels`."""
+
+    def __call__(self, inputs: AttentionInputs) -> Attended:
+        """``out`` and the "max" evidence."""
+        ...
+
+
 def attend(
     inputs: AttentionInputs,
     *,
@@ -73,6 +81,7 @@ def attend(
     evidence: EvidenceKind = "none",
     num_prefix: int = 1,
     watch: bool = False,
+    kernel: ScoredAttention | None = None,
 ) -> Attended:
     """Attention output and, where asked for, the evidence of every token.
 
@@ -83,12 +92,15 @@ def attend(
         evidence: What to score by; "none" keeps the attention fused.
         num_prefix: Prefix tokens; without any, "class" evidence is the mean over all queries.
         watch: Also return the probabilities.
+        kernel: What gives "max" evidence; None for torch's own operations.
     """
     inputs = inputs if sizes is None else inputs._replace(bias=_with_log_sizes(inputs, sizes))
     if watch:
         return _explicit(inputs, evidence, num_prefix, keep_probs=True)
     if evidence == "none":
         return Attended(_fused(inputs))
+    if evidence == "max" and kernel is not None:
+        return kernel(inputs)
     if _can_use_workspace(inputs) and (evidence == "max" or _workspace_is_faster(inputs.query)):
         return _in_workspace(inputs, evidence, num_prefix)
     if evidence == "class" and num_prefix:

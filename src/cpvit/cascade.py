@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cpvit.adapters import Host
+from cpvit.attention import ScoredAttention
 from cpvit.core import BlockStep, Method, TokenState, full_grid, initial_state, run_block
 from cpvit.heads import SlicedHeads
 from cpvit.plan import Plan
@@ -55,6 +56,7 @@ class Cascade:
     dense_features: bool = False
     checkpointing: bool = False
     watchers: list[Watcher] = field(default_factory=list)
+    kernel: ScoredAttention | None = None
 
     @property
     def pools_departed(self) -> bool:
@@ -110,6 +112,7 @@ class _Run:
                 num_prefix=cascade.host.num_prefix,
                 extra=extra,
                 watch=any(watcher.attention for watcher in cascade.watchers),
+                kernel=cascade.kernel,
             )
 
         if cascade.checkpointing and torch.is_grad_enabled():

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from cpvit.attention import AttentionInputs, EvidenceKind, attend
+from cpvit.attention import AttentionInputs, EvidenceKind, ScoredAttention, attend
 
 HostArguments: TypeAlias = Mapping[str, object]
 
@@ -244,6 +244,7 @@ def run_block(
     num_prefix: int,
     extra: HostArguments,
     watch: bool = False,
+    kernel: ScoredAttention | None = None,
 ) -> tuple[Tensor, TokenState, Tensor | None]:
     """One block of the cascade: attention, score, removal, MLP.
 
@@ -256,11 +257,12 @@ def run_block(
         num_prefix: P.
         extra: Keyword arguments the host gave its block.
         watch: Also return the attention probabilities (calibration, pictures).
+        kernel: What scores column maxima; None for torch's own operations.
 
     Returns:
         Tokens [B P+keep C], the new state, and the attention [B H N N] if watched.
     """
-    x, state, probs = _attend(view, method, step, x, state, num_prefix, extra, watch)
+    x, state, probs = _attend(view, method, step, x, state, num_prefix, extra, watch, kernel)
     return view.mlp_residual(x), state, probs
 
 
@@ -273,6 +275,7 @@ def _attend(
     num_prefix: int,
     extra: HostArguments,
     watch: bool,
+    kernel: ScoredAttention | None,
 ) -> tuple[Tensor, TokenState, Tensor | None]:
     """The first half of the block. Apart, so that query, key and value are gone when the MLP starts."""
     inputs = view.attention_inputs(x, state.positions if step.pruned else None, extra)
@@ -282,6 +285,7 @@ def _attend(
         evidence=method.evidence if step.score else "none",
         num_prefix=num_prefix,
         watch=watch,
+        kernel=kernel,
     )
     state, out = _account(method, step, state, attended.out, attended.evidence, num_prefix)
     x = view.attention_residual(x, inputs, out)

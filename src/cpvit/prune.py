@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
+from cpvit.attention import ScoredAttention
 from cpvit.calibrate import Calibration, calibrate
 from cpvit.cascade import (
     Cascade,
@@ -23,6 +24,7 @@ from cpvit.cascade import (
     watching,
 )
 from cpvit.heads import HeadOutputs, SlicedHeads
+from cpvit.kernels import KernelName, kernel_named
 from cpvit.methods import method_named
 from cpvit.plan import Plan, PruneConfig
 from cpvit.planning import make_plan
@@ -37,6 +39,7 @@ def prune_(
     dense_features: bool = False,
     checkpointing: bool = False,
     verify: bool = True,
+    attention_kernel: KernelName = "eager",
 ) -> Plan:
     """Make a model prune its patches and heads while it runs; ``model(images)`` keeps working.
 
@@ -53,6 +56,8 @@ def prune_(
             the head pools patches and the method removes them, such a model gives features only.
         checkpointing: Recompute each block in the backward pass to save memory while training.
         verify: First check that, with everything kept, the output equals the untouched model's.
+        attention_kernel: What scores column maxima (method "cpvit"): "eager", torch's own operations, or "triton",
+            which never stores the attention matrix and is for inference on CUDA.
 
     Returns:
         The plan that is now in force.
@@ -60,20 +65,23 @@ def prune_(
     Raises:
         UnsupportedModelError: The model cannot be pruned.
         VerificationError: The check failed; the model is left untouched.
-        ValueError: The configuration does not fit the model.
+        ValueError: The configuration does not fit the model, or the kernel the device.
 
     Example:
         >>> model = timm.create_model("deit_small_patch16_224", pretrained=True)
         >>> prune_(model, PruneConfig(macs=0.6))
     """
     host = open_host(model)
+    kernel = kernel_named(attention_kernel, next(model.parameters()).device)
     before = installed(host)
     unprune_(model)
     try:
         plan, outputs = _resolve(
             model, host, PruneConfig() if config is None else config, calibration, verify=verify
         )
-        cascade = _cascade(host, plan, dense_features=dense_features, checkpointing=checkpointing)
+        cascade = _cascade(
+            host, plan, dense_features=dense_features, checkpointing=checkpointing, kernel=kernel
+        )
         _install(host, plan, cascade, _cut_heads(host, plan, outputs))
     except BaseException:
         _reinstate(host, before)
@@ -141,10 +149,19 @@ def plan_of(model: nn.Module) -> Plan | None:
     return None if container is None else container.plan
 
 
-def _cascade(host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool) -> Cascade:
+def _cascade(
+    host: Host, plan: Plan, *, dense_features: bool, checkpointing: bool, kernel: ScoredAttention | None
+) -> Cascade:
     method = method_named(plan.method)
+    if kernel is not None and method.evidence != "max":
+        raise ValueError(
+            f"method {method.name!r} is not scored by column maxima, which is all that attention_kernel is for; "
+            "leave attention_kernel='eager'"
+        )
     steps = make_steps(method, plan.patches_per_block, plan.num_patches, plan.mask_heads)
-    cascade = Cascade(host, method, steps, dense_features=dense_features, checkpointing=checkpointing)
+    cascade = Cascade(
+        host, method, steps, dense_features=dense_features, checkpointing=checkpointing, kernel=kernel
+    )
     if cascade.pools_departed and not host.head:
         raise ValueError(
             f"{host.name} pools its patches before it answers; with dense_features=True it would pool those that "

@@ -1,0 +1,41 @@
+"""Kernels for the one thing torch has none for: attention output and column maxima without the N x N matrix.
+
+Chosen by name in ``prune_(..., attention_kernel=...)``; nothing is chosen by itself. "eager" is torch's own
+operations (:mod:`cpvit.attention`). "triton" (:mod:`cpvit.kernels.triton_attention`) is for CUDA.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal, TypeAlias
+
+import torch
+
+from cpvit.attention import ScoredAttention
+
+KernelName: TypeAlias = Literal["eager", "triton"]
+
+
+def kernel_named(name: str, device: torch.device) -> ScoredAttention | None:
+    """The kernel to score with on this device; None stands for torch's own operations.
+
+    Raises:
+        ValueError: No such kernel, or it cannot run here.
+    """
+    if name == "eager":
+        return None
+    if name != "triton":
+        raise ValueError(f"attention_kernel must be one of {', '.join(KernelName.__args__)}, got {name!r}")  # type: ignore[attr-defined]
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention_kernel='triton' needs a CUDA device and the model is on {device}; move it first "
+            "(model.to('cuda')), or leave attention_kernel='eager'"
+        )
+    if find_spec("triton") is None:
+        raise ValueError(
+            "attention_kernel='triton' needs the triton package, which is not installed; pip install triton, or "
+            "leave attention_kernel='eager'"
+        )
+    from cpvit.kernels.triton_attention import scored_attention  # triton may be absent
+
+    return scored_attention
