@@ -90,6 +90,7 @@ class TestLearning:
         assert result.plan is not None
         assert result.plan.patches_per_block == (25, 16, 8)
         assert same(weights(tmp_path / "last"), model.state_dict())
+        assert not model.training, "it came in eval mode"
 
     def test_a_training_step_works_on_fewer_tokens_forward_and_backward(self, tmp_path: Path) -> None:
         sizes: list[int] = []
@@ -143,6 +144,23 @@ class TestLearning:
         assert half.history["loss"] != full.history["loss"]
         assert half.environment.dtype == dtype
         assert {tensor.dtype for tensor in weights(tmp_path / "half/last").values()} == {torch.float32}
+
+    def test_a_step_that_float16_leaves_out_is_written_as_such(self, tmp_path: Path) -> None:
+        model = student()
+        calls = []
+
+        def overflow(gradient: Tensor) -> Tensor:
+            calls.append(1)
+            return gradient * (
+                float("inf") if len(calls) == 3 else 1.0
+            )  # the first is the look for unused parts
+
+        model.head.weight.register_hook(overflow)
+        result = train(tmp_path, dataclasses.replace(SHORT, dtype="float16"), model=model)
+        norms = result.history["grad_norm"]
+        assert [norm is None for norm in norms] == [False, True, False, False]
+        assert "Infinity" not in (tmp_path / "record.json").read_text()
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "last").values())
 
     def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(self, tmp_path: Path) -> None:
         model = student()
@@ -524,8 +542,9 @@ class TestRecord:
 def test_what_is_frozen_keeps_its_values(
     freezing: FreezeConfig, trained: set[str] | None, tmp_path: Path
 ) -> None:
-    before = student().state_dict()
-    train(tmp_path, dataclasses.replace(SHORT, freezing=freezing))
+    before, model = student().state_dict(), student()
+    train(tmp_path, dataclasses.replace(SHORT, freezing=freezing), model=model)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "only while it trains"
     after = weights(tmp_path / "last")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     if trained is None:

@@ -65,8 +65,9 @@ class FinetuneResult:
     """None only in the record of a run that is not evaluated yet."""
     best: Evaluation | None
     evaluations: tuple[Evaluation, ...]
-    history: dict[str, list[float]]
-    """Per step: loss, accuracy, grad_norm, learning_rate, images_per_s."""
+    history: dict[str, list[float | None]]
+    """Per step: loss, accuracy, grad_norm, learning_rate, images_per_s. None is an infinite gradient, which float16
+    meets now and then: that step was left out."""
     images_per_s: float
     """Median over the steps; all processes together, training alone."""
     seconds: float
@@ -148,7 +149,7 @@ def finetune(
             folder.save_plan(plan)
     if resume and state is None:
         observer.say(f"no checkpoint in {folder.path}: starting anew")
-    with _random_numbers_kept(processes.device):
+    with _random_numbers_kept(processes.device), _modes_kept(model):
         run = _Run(model, plan, teacher, config, folder, described, observer, processes)
         return run.complete(train, evaluation, state)
 
@@ -212,6 +213,19 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Training or eval mode, and which parameters have gradients, are afterwards as they were."""
+    was_training = model.training
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter, wanted in trainable.items():
+            parameter.requires_grad_(wanted)
+
+
 class _Run:
     """The state of a run, and its steps."""
 
@@ -226,12 +240,13 @@ class _Run:
         observer: Observer,
         processes: Processes,
     ) -> None:
-        self.config, self.plan, self.teacher = config, plan, teacher
+        self.config, self.plan = config, plan
+        self.teacher = None if teacher is None else _Answering(open_host(teacher), teacher)
         self.folder, self.facts, self.observer, self.processes = folder, facts, observer, processes
         self.model = model
         self.host = open_host(model)
         _check_weights(self.host)
-        self.classifier = classifier_of(self.host)
+        self.student = _Answering(self.host, model)
         self.trained_values = freeze_(model, config.freezing)
         unused = drop_unused_(model, self.host.image_shape)
         if unused:
@@ -242,6 +257,7 @@ class _Run:
         self.ema = None
         if config.ema_decay is not None:
             self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+        self.stage = plan
         self.step = self.resumed_at = 0
         self.history: list[tuple[float, ...]] = []
         self.pending: list[Tensor] = []
@@ -256,7 +272,7 @@ class _Run:
         """All steps that remain."""
         if state is not None:
             self._restore(state)
-        self.wrapped = self.processes.wrap(self.model)
+        self.student = _Answering(self.host, self.processes.wrap(self.model))
         self.observer.start(self.step, self.config.num_steps)
         if state is not None:
             self.observer.say(f"going on after step {self.step} of {self.config.num_steps}")
@@ -308,7 +324,7 @@ class _Run:
         for part in range(parts):
             batch = next(batches)
             torch.manual_seed(self._seed_of(self.step * parts + part))
-            with self.processes.without_averaging(self.wrapped, when=part < parts - 1):
+            with self.processes.without_averaging(self.student.called, when=part < parts - 1):
                 loss, accuracy = self._losses(batch)
                 self.scaler.scale(loss / parts).backward()
             told += torch.stack([loss.detach(), accuracy]) / parts
@@ -334,14 +350,13 @@ class _Run:
         labels = batch.labels.to(device, non_blocking=True)
         targets = None if batch.targets is None else batch.targets.to(device, non_blocking=True)
         with self._autocast():
-            logits, features = _answer(self.host, self.wrapped, self.classifier, images)
+            logits, features = self.student.answer(images)
         loss = classification_loss(logits, labels, targets)
         accuracy = (logits.detach().argmax(dim=-1) == labels).float().mean()
         if self.teacher is None:
             return loss, accuracy
         with torch.no_grad(), self._autocast():
-            host = open_host(self.teacher)
-            wanted, wanted_features = _answer(host, self.teacher, classifier_of(host), images)
+            wanted, wanted_features = self.teacher.answer(images)
         if distillation.distill:
             follow = distillation_loss(logits, wanted, distillation.temperature)
             loss = (1 - distillation.distill) * loss + distillation.distill * follow
@@ -355,11 +370,15 @@ class _Run:
 
     def _seed_of(self, micro_step: int) -> int:
         """Of the random numbers of dropout: another one for every pass, in every process."""
-        return (self.config.seed * 1_000_003 + micro_step) * 4_099 + self.processes.rank
+        return ((self.config.seed * 1_000_003 + micro_step) * 4_099 + self.processes.rank) % 2**63
 
     def _set_plan(self, step: int) -> None:
-        if self.plan is not None:
-            set_patches_(self.model, plan_at(self.plan, self.config.tightening, step))
+        if self.plan is None:
+            return
+        stage = plan_at(self.plan, self.config.tightening, step)
+        if stage != self.stage:
+            set_patches_(self.model, stage)
+            self.stage = stage
 
     def _restart_clock(self) -> None:
         self.clock = time.perf_counter()
@@ -458,8 +477,11 @@ class _Run:
     def _result(self) -> FinetuneResult:
         names = [field.name for field in dataclasses.fields(StepLog)][1:]
         columns = list(zip(*self.history, strict=True)) or [()] * len(names)
-        history = {name: list(column) for name, column in zip(names, columns, strict=True)}
-        speeds = sorted(history["images_per_s"])
+        history = {
+            name: [value if math.isfinite(value) else None for value in column]
+            for name, column in zip(names, columns, strict=True)
+        }
+        speeds = sorted(columns[-1])
         return FinetuneResult(
             model=self.host.name,
             plan=self.plan,
@@ -500,15 +522,23 @@ def _check_weights(host: Host) -> None:
         )
 
 
-def _answer(host: Host, called: nn.Module, classifier: nn.Linear, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B K], and what the classifier read [B C]."""
-    read: list[Tensor] = []
-    hook = classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    try:
-        logits = host.output(called(images))
-    finally:
-        hook.remove()
-    return logits, read[-1]
+class _Answering:
+    """A model that is asked for its logits and for what its classifier read."""
+
+    def __init__(self, host: Host, called: nn.Module) -> None:
+        self.called = called
+        self._output = host.output
+        self._classifier = classifier_of(host)
+
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B K] and features [B C] of images [B 3 H W]."""
+        read: list[Tensor] = []
+        hook = self._classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+        try:
+            logits = self._output(self.called(images))
+        finally:
+            hook.remove()
+        return logits, read[-1]
 
 
 @torch.no_grad()
