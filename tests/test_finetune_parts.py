@@ -410,6 +410,12 @@ class TestFiles:
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_others_may_read_it_as_any_file_of_this_user(self, tmp_path: Path) -> None:
+        plain, written = tmp_path / "plain", tmp_path / "written"
+        plain.write_text("")
+        write_atomically(written, "")
+        assert written.stat().st_mode == plain.stat().st_mode
+
     def test_leftovers_of_this_file_only_are_removed(self, tmp_path: Path) -> None:
         for name in ("file", ".file.x1", ".other.x1"):
             (tmp_path / name).write_text("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
     If anything fails, the old file stays and the new one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
-    os.close(handle)
-    temporary = Path(name)
+    # Not tempfile's, whose files nobody else may read: a plan is for everybody.
+    temporary = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}")
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
