@@ -415,6 +415,9 @@ class TestFiles:
         plain.write_text("")
         write_atomically(written, "")
         assert written.stat().st_mode == plain.stat().st_mode
+        with replacing(written) as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
+        assert written.stat().st_mode == plain.stat().st_mode
 
     def test_leftovers_of_this_file_only_are_removed(self, tmp_path: Path) -> None:
         for name in ("file", ".file.x1", ".other.x1"):

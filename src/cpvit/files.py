@@ -27,7 +27,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{_prefix(path)}{uuid.uuid4().hex}")
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)

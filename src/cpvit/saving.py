@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters import open_host
 from cpvit.cascade import installed
+from cpvit.files import replacing
 from cpvit.plan import Plan
 from cpvit.prune import prune_, unprune_
 from cpvit.recipes import Recipe, RecipeError, build, find_recipe
@@ -156,7 +157,8 @@ def _describe(
 
 def _write(folder: Path, tensors: dict[str, Tensor], plan: Plan, saved: SavedModel) -> None:
     plan.save(folder / PLAN)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "plan": _digest(folder / PLAN)})
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "plan": _digest(folder / PLAN)})
     (folder / MODEL).write_text(json.dumps(dataclasses.asdict(saved), indent=2) + "\n")
 
 
