@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from finetuning import student
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
