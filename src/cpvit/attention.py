@@ -181,21 +181,20 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
     pieces = list(_pieces(query, CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)))
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
-    keys = key.new_zeros(rows, width, key.shape[3])
-    logits_buffer = query.new_empty(rows, tokens, width)
-    probs_buffer = torch.empty_like(logits_buffer)
+    padded = key.new_zeros(rows, width, key.shape[3])
+    matrix = query.new_empty(rows, tokens, width)
     out = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # so that joining heads is a view
     scores = query.new_empty(batch, heads, width)
     for piece in pieces:
-        shape = query[piece].shape[:2]
         q, v = query[piece].flatten(0, 1), value[piece].flatten(0, 1)
-        k, logits, probs = keys[: len(q)], logits_buffer[: len(q)], probs_buffer[: len(q)]
+        k, probs = padded[: len(q)], matrix[: len(q)]
+        shape = query[piece].shape[:2]
         k[:, :tokens].unflatten(0, shape).copy_(key[piece])
-        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=scale, out=logits)
+        torch.baddbmm(probs, q, k.transpose(1, 2), beta=0, alpha=scale, out=probs)
         if bias is not None:
-            logits[..., :tokens].unflatten(0, shape).add_(bias[piece])
-        logits[..., tokens:].fill_(-inf)
-        torch.softmax(logits, dim=-1, out=probs)
+            probs[..., :tokens].unflatten(0, shape).add_(bias[piece])
+        probs[..., tokens:].fill_(-inf)
+        torch.softmax(probs, dim=-1, out=probs)
         scores[piece] = _evidence(probs.unflatten(0, shape), evidence, num_prefix)
         out[piece] = torch.bmm(probs[..., :tokens], v).unflatten(0, shape)
     return Attended(out, scores[..., :tokens])

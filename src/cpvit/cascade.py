@@ -136,15 +136,22 @@ class _Run:
         return initial_state(
             x,
             host.num_prefix,
-            track_carrier=self.cascade.method.merges,
+            track_carrier=self.cascade.method.merges and self._carriers_are_read(),
             keep_departed=self.cascade.dense_features and not self.cascade.method.merges,
         )
 
+    def _carriers_are_read(self) -> bool:
+        return self._spreads_out() or bool(self.cascade.watchers)
+
+    def _spreads_out(self) -> bool:
+        """Whether the caller, or a head that pools what was merged, needs every patch."""
+        cascade = self.cascade
+        return cascade.dense_features or (cascade.method.merges and cascade.host.pools_patches)
+
     def _finish(self, x: Tensor, state: TokenState) -> Tensor:
-        """Spread tokens out again where the caller, or a head that pools patches, needs every patch."""
-        host, merged = self.cascade.host, state.carrier is not None
-        pruned = state.positions.shape[1] < host.num_patches
-        if pruned and (self.cascade.dense_features or (merged and host.pools_patches)):
+        """Spread tokens out again where every patch is needed."""
+        host = self.cascade.host
+        if self._spreads_out() and state.positions.shape[1] < host.num_patches:
             return full_grid(x, state, host.num_prefix)
         return x
 

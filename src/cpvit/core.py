@@ -168,6 +168,8 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
     """Where row ``index`` [B k] of each image lies once images of ``rows`` rows follow one another: [B*k]."""
+    if index.shape[0] == 1:
+        return index.flatten()
     first = torch.arange(index.shape[0], device=index.device) * rows
     return (index + first.unsqueeze(1)).flatten()
 
