@@ -8,9 +8,10 @@ from cpvit.finetune.config import (
     OptimizerConfig,
     TighteningConfig,
 )
-from cpvit.finetune.loop import DivergedError, FinetuneResult, finetune
+from cpvit.finetune.loop import DivergedError, finetune
 from cpvit.finetune.observe import Observer, Several, Silent, StepLog
 from cpvit.finetune.processes import Processes, start_processes
+from cpvit.finetune.result import FinetuneResult
 
 __all__ = [
     "DistillationConfig",

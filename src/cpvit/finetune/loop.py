@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,16 @@ from torch import Tensor, nn
 from cpvit.adapters import Host, open_host
 from cpvit.calibrate import Calibration
 from cpvit.data import Batches, TrainBatch, TrainBatches
-from cpvit.environment import DTYPES, Environment, describe_environment
+from cpvit.environment import DTYPES, describe_environment
 from cpvit.finetune.checkpoint import Evaluation, TrainingState, as_facts, differences
 from cpvit.finetune.config import FinetuneConfig
 from cpvit.finetune.folder import RunFolder
+from cpvit.finetune.judge import Answering, evaluate_at
 from cpvit.finetune.losses import classification_loss, distillation_loss, feature_loss
 from cpvit.finetune.observe import Observer, Silent, StepLog
-from cpvit.finetune.optimise import classifier_of, drop_unused_, freeze_, make_optimizer, make_schedule
+from cpvit.finetune.optimise import drop_unused_, freeze_, make_optimizer, make_schedule
 from cpvit.finetune.processes import Processes, start_processes
+from cpvit.finetune.result import FinetuneResult, best_of, record_text
 from cpvit.finetune.tighten import in_force, plan_at, set_patches_
 from cpvit.plan import Plan, PruneConfig
 from cpvit.prune import plan_of, prune_
@@ -49,35 +49,6 @@ FREE = ("checkpoint_every",)
 
 class DivergedError(RuntimeError):
     """The loss or the gradient is not a finite number any more."""
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """One run of :func:`finetune`."""
-
-    model: str
-    plan: Plan | None
-    """None for a dense run."""
-    config: FinetuneConfig
-    facts: dict[str, Any]
-    """What the caller said about the run (model, checkpoint, data ...), and the number of processes."""
-    final: Evaluation | None
-    """None only in the record of a run that is not evaluated yet."""
-    best: Evaluation | None
-    evaluations: tuple[Evaluation, ...]
-    history: dict[str, list[float | None]]
-    """Per step: loss, accuracy, grad_norm, learning_rate, images_per_s. None is an infinite gradient, which float16
-    meets now and then: that step was left out."""
-    images_per_s: float
-    """Median over the steps; all processes together, training alone."""
-    seconds: float
-    """Spent in training steps, over all parts of an interrupted run."""
-    steps_done: int
-    resumed_at: int
-    """Steps that were done already when this process began."""
-    trained_values: int
-    """Number of weights that were trained."""
-    environment: Environment
 
 
 def finetune(
@@ -241,12 +212,12 @@ class _Run:
         processes: Processes,
     ) -> None:
         self.config, self.plan = config, plan
-        self.teacher = None if teacher is None else _Answering(open_host(teacher), teacher)
+        self.teacher = None if teacher is None else Answering(open_host(teacher), teacher)
         self.folder, self.facts, self.observer, self.processes = folder, facts, observer, processes
         self.model = model
         self.host = open_host(model)
         _check_weights(self.host)
-        self.student = _Answering(self.host, model)
+        self.student = Answering(self.host, model)
         self.trained_values = freeze_(model, config.freezing)
         unused = drop_unused_(model, self.host.image_shape)
         if unused:
@@ -272,7 +243,7 @@ class _Run:
         """All steps that remain."""
         if state is not None:
             self._restore(state)
-        self.student = _Answering(self.host, self.processes.wrap(self.model))
+        self.student = Answering(self.host, self.processes.wrap(self.model))
         self.observer.start(self.step, self.config.num_steps)
         if state is not None:
             self.observer.say(f"going on after step {self.step} of {self.config.num_steps}")
@@ -502,16 +473,6 @@ class _Run:
         )
 
 
-def record_text(result: FinetuneResult) -> str:
-    """The record as JSON."""
-    return json.dumps(dataclasses.asdict(result), indent=2, default=str) + "\n"
-
-
-def best_of(evaluations: tuple[Evaluation, ...]) -> Evaluation | None:
-    """The first of the highest top-1."""
-    return max(evaluations, key=lambda evaluation: evaluation.top1, default=None)
-
-
 def _check_weights(host: Host) -> None:
     dtypes = {parameter.dtype for parameter in host.model.parameters()}
     if dtypes != {torch.float32}:
@@ -520,56 +481,3 @@ def _check_weights(host: Host) -> None:
             f"the weights of {host.name} are {found}; give them in float32 (model.float()) and choose the dtype of "
             "the arithmetic in the configuration"
         )
-
-
-class _Answering:
-    """A model that is asked for its logits and for what its classifier read."""
-
-    def __init__(self, host: Host, called: nn.Module) -> None:
-        self.called = called
-        self._output = host.output
-        self._classifier = classifier_of(host)
-
-    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B K] and features [B C] of images [B 3 H W]."""
-        read: list[Tensor] = []
-        hook = self._classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-        try:
-            logits = self._output(self.called(images))
-        finally:
-            hook.remove()
-        return logits, read[-1]
-
-
-@torch.no_grad()
-def evaluate_at(
-    step: int,
-    model: nn.Module,
-    batches: Batches,
-    autocast: Any,
-    processes: Processes,
-) -> Evaluation:
-    """Accuracy over the shares of all processes: every image counts once.
-
-    Raises:
-        ValueError: The images have no labels.
-    """
-    output = open_host(model).output
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for batch in batches:
-        if batch.labels is None:
-            raise ValueError(
-                "evaluation needs labels; build the loader with labels=label_map(source, classes)"
-            )
-        with autocast():
-            logits = output(model(batch.images.to(processes.device))).float().cpu()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-        sums += torch.tensor([loss, hits[:, 0].sum(), hits.any(dim=1).sum(), len(hits)], dtype=torch.float64)
-    model.train(was_training)
-    loss_sum, top1, top5, images = processes.total(sums).tolist()
-    if not images:
-        raise ValueError("not one of the images to evaluate on could be read")
-    return Evaluation(step, 100 * top1 / images, 100 * top5 / images, loss_sum / images, int(images))
