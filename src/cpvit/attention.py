@@ -179,7 +179,7 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     lanes = ROW_BYTES // query.element_size()
     width = -(-tokens // lanes) * lanes
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
-    pieces = list(_pieces(query, CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)))
+    pieces = list(_pieces(query, _budget(query)))
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
     padded = key.new_zeros(rows, width, key.shape[3])
     matrix = query.new_empty(rows, tokens, width)
@@ -200,12 +200,18 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     return Attended(out, scores[..., :tokens])
 
 
+def _budget(query: Tensor) -> int:
+    """Bytes of the matrix to build at once: what the caches hold, and little beside an MLP's activations."""
+    cached = CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)
+    return min(cached, 2 * query.numel() * query.element_size())
+
+
 def _pieces(query: Tensor, budget: int) -> Iterator[tuple[slice, slice]]:
     """Images and heads to do at once, for their matrices to take ``budget`` bytes: whole images where possible."""
     batch, heads, tokens, _ = query.shape
-    matrix = tokens * tokens * query.element_size()
-    images = max(1, budget // (heads * matrix))
-    group = min(heads, max(1, budget // matrix))
-    for image in range(0, batch, images):
+    image = heads * tokens * tokens * query.element_size()
+    images = max(1, budget // image)
+    group = -(-heads // min(heads, -(-image // budget)))
+    for first in range(0, batch, images):
         for head in range(0, heads, group):
-            yield slice(image, image + images), slice(head, head + group)
+            yield slice(first, first + images), slice(head, head + group)
