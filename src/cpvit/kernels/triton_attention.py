@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cpvit.attention import Attended, AttentionInputs, attend
 
-MAX_head_dim = 128
+MAX_HEAD_DIM = 128
 TILE = 64
 """Queries, and keys, per tile."""
 
@@ -61,7 +61,7 @@ def _refuse(inputs: AttentionInputs) -> None:
 def check(inputs: AttentionInputs) -> None:
     """Raise ValueError for what the kernel cannot do."""
     head_dim, dtype = inputs.query.shape[3], inputs.query.dtype
-    if head_dim > MAX_head_dim:
+    if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"attention_kernel='triton' takes a head dimension up to 128, got {head_dim}; use 'eager'"
         )
