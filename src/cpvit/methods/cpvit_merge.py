@@ -63,10 +63,11 @@ class CPViTMerge:
         return merge_edges(x, state, -price, partner, step.keep, num_prefix, keep_length=True)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Every token of one side with every token of the other, or all that leave with all that stay."""
+        """Every token of one side with every token of the other, or all that leave with all that stay; the means."""
         first, second = patches // 2, patches - patches // 2
         removed = patches - keep
-        return (first * second if removed <= first else removed * keep) * embed_dim
+        matching = first * second if removed <= first else removed * keep
+        return (matching + removed * removed) * embed_dim
 
 
 def merge_price(state: TokenState, partner: Tensor, likeness: Tensor, num_prefix: int) -> Tensor:

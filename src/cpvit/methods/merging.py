@@ -43,36 +43,43 @@ def merge(
     Returns:
         [B P+k C] and the state of the k tokens.
 
-    A token t that takes others in moves towards each by its share, x_t + sum of s_i / s_total (x_i - x_t): the
-    weighted mean, and the many tokens that take none in are only copied.
+    What leaves is added to the hosts' rows, so the many tokens that take none in are only copied. Whatever the guests
+    of one host have in common comes from comparing guests with guests [B r r], never from reading back what was
+    just added up: a compiler that fuses the two loops reads before all have arrived (seen with torch 2.15's inductor).
     """
     size = state.size if state.size is not None else ones_like_score(x[:, num_prefix:])
+    host = take(staying, into)
+    guests, hosts = take(x, leaving + num_prefix), take(x, host + num_prefix)
+    together = into.unsqueeze(2) == into.unsqueeze(1)
     gone = take(size, leaving)
-    total = take(size, staying).scatter_add(1, into, gone)
-    merged = take_tokens(x, staying, num_prefix)
-    share = (gone / take(total, into)).unsqueeze(-1).to(x.dtype)
-    guests, hosts = take(x, leaving + num_prefix), take(merged, into + num_prefix)
-    rows = flat_rows(into + num_prefix, merged.shape[1])
-    merged.flatten(0, 1).index_add_(0, rows, ((guests - hosts) * share).flatten(0, 1))
+    share = gone / (take(size, host) + (together * gone.unsqueeze(1)).sum(dim=2))
+    step = (guests - hosts) * share.unsqueeze(-1).to(x.dtype)
     if keep_length:
-        longest = torch.maximum(_length(guests), _length(hosts))
-        stretch = _stretch(take(merged, into + num_prefix), longest, into, staying.shape[1])
-        merged.flatten(0, 1).index_add_(0, rows, stretch.flatten(0, 1))
+        step = _stretched(guests, hosts, step, together)
+    merged = take_tokens(x, staying, num_prefix)
+    rows = flat_rows(into + num_prefix, merged.shape[1])
+    merged.flatten(0, 1).index_add_(0, rows, step.flatten(0, 1))
     return merged, state._replace(
         positions=take(state.positions, staying),
         score=None if state.score is None else take(state.score, staying),
-        size=total,
+        size=take(size, staying) + _received(gone, into, staying),
         carrier=_carriers(state, leaving, into, staying),
     )
 
 
-def _stretch(means: Tensor, longest: Tensor, into: Tensor, staying: int) -> Tensor:
-    """What each of r guests adds to its host's mean [B r C], so that all of a host's guests together stretch it."""
-    places = longest.new_zeros(longest.shape[0], staying)
-    target = take(places.scatter_reduce(1, into, longest, "amax", include_self=False), into)
-    guests = take(places.scatter_add(1, into, torch.ones_like(longest)), into)
-    factor = (target / _length(means).clamp_min(1e-12) - 1) / guests
-    return means * factor.unsqueeze(-1).to(means.dtype)
+def _received(gone: Tensor, into: Tensor, staying: Tensor) -> Tensor:
+    """Patches that each of k staying tokens takes in: [B k]."""
+    places = torch.arange(staying.shape[1], device=staying.device)
+    return ((into.unsqueeze(1) == places.view(1, -1, 1)) * gone.unsqueeze(1)).sum(dim=2)
+
+
+def _stretched(guests: Tensor, hosts: Tensor, step: Tensor, together: Tensor) -> Tensor:
+    """Steps [B r C] that end, all guests of a host together, at their mean stretched to the longest of them."""
+    means = hosts + together.to(step.dtype) @ step
+    longest = torch.maximum(_length(hosts), (together * _length(guests).unsqueeze(1)).amax(dim=2))
+    factor = longest / _length(means).clamp_min(1e-12)
+    count = together.sum(dim=2).unsqueeze(-1)
+    return (means * factor.unsqueeze(-1).to(means.dtype) - hosts) / count
 
 
 def _length(tokens: Tensor) -> Tensor:
