@@ -203,7 +203,7 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
 def _budget(query: Tensor) -> int:
     """Bytes of the matrix to build at once: what the caches hold, and little beside an MLP's activations."""
     cached = CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)
-    return min(cached, 2 * query.numel() * query.element_size())
+    return min(cached, query.numel() * query.element_size())
 
 
 def _pieces(query: Tensor, budget: int) -> Iterator[tuple[slice, slice]]:
