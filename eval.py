@@ -6,8 +6,8 @@
 
 import sys
 
-from cpvit.cli import run_cli
-from cpvit.seed import run_eval
+from cpvit.commands.cli import run_cli
+from cpvit.commands.original import run_eval
 
 if __name__ == "__main__":
     sys.exit(run_cli(run_eval, sys.argv[1:], prog="eval.py"))

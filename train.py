@@ -2,8 +2,8 @@
 
 import sys
 
-from cpvit.cli import run_cli
-from cpvit.seed import run_train
+from cpvit.commands.cli import run_cli
+from cpvit.commands.original import run_train
 
 if __name__ == "__main__":
     sys.exit(run_cli(run_train, sys.argv[1:], prog="train.py"))

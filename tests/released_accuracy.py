@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from reference import equivalent_macs, released_oracle
 
-from cpvit.checkpoints import load_checkpoint
 from cpvit.data import Preprocessing, find_samples, label_map, make_loader
-from cpvit.metrics import Predictions, agreement, kl_divergence
-from cpvit.models import create_model
+from cpvit.measure.metrics import Predictions, agreement, kl_divergence
+from cpvit.weights.create import create_model
+from cpvit.weights.loading import load_checkpoint
 
 PROBE = 32
 """Images on which the scale for a budget is found (the released thresholds depend on the images)."""

@@ -1,12 +1,20 @@
 """cpvit: make a pretrained Vision Transformer faster by pruning its patches and heads while it runs."""
 
+import sys
+
+from cpvit import _moved
 from cpvit.adapters import UnsupportedModelError
-from cpvit.calibrate import Calibration, calibrate
-from cpvit.cascade import PruningBypassError
-from cpvit.plan import Plan, PruneConfig
-from cpvit.prune import Trace, plan_of, prune_, record, unprune_
-from cpvit.saving import load_pruned, save_pruned
-from cpvit.verify import VerificationError, verify
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
+from cpvit.pruning.calibrate import calibrate
+from cpvit.pruning.cascade import PruningBypassError
+from cpvit.pruning.prune import plan_of, prune_, unprune_
+from cpvit.pruning.record import Trace, record
+from cpvit.pruning.verify import VerificationError, verify
+from cpvit.weights.saving import load_pruned, save_pruned
+
+_moved.install(sys.modules[__name__])
 
 __version__ = "0.1.0"
 

@@ -5,10 +5,12 @@ Legend: B images, H heads, N tokens, C channels, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from cpvit.core import BlockView, HostArguments
@@ -67,7 +69,7 @@ class HostBlock(BlockView, Protocol):
         ...
 
     def set_num_heads(self, count: int) -> None:
-        """Tell the host's attention module how many heads its (already cut) weights hold."""
+        """OnMessage the host's attention module how many heads its (already cut) weights hold."""
         ...
 
 
@@ -116,6 +118,26 @@ class Host:
     """The model's name, where it does not carry one itself."""
     resizing: str = ""
     """How to tell the model another image size, where it takes any."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's first parameter."""
+        return next(self.model.parameters()).dtype
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """The model is in eval mode meanwhile, and in its own afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     @property
     def depth(self) -> int:

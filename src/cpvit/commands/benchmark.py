@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from cpvit.benchmark import Comparison, benchmark, compare
-from cpvit.calibrate import Calibration
 from cpvit.commands.common import (
     build_calibration,
     build_model,
@@ -34,11 +32,37 @@ from cpvit.commands.options import (
 )
 from cpvit.commands.tables import benchmark_text, comparison_text, gains_text
 from cpvit.data import Batches, make_loader
-from cpvit.environment import choose_dtype
-from cpvit.plan import Plan, PruneConfig
+from cpvit.machine.device import choose_dtype
+from cpvit.measure.benchmark import BenchmarkOptions, benchmark, compare
+from cpvit.measure.timings import Comparison
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
 
+BY_DEFAULT = BenchmarkOptions()
 FOR_SPEED = PruneConfig(align="auto")
 """What is made for the clock is made for this machine's clock."""
+
+
+@dataclass(frozen=True)
+class BenchmarkMatrix:
+    """What to go through, in every combination."""
+
+    methods: str = ""
+    """Several methods instead of --method, separated by commas; with --plan that is one more."""
+    batch_sizes: str = ""
+    """Several batch sizes instead of --batch-size, separated by commas."""
+    dtypes: str = ""
+    """Several dtypes instead of --dtype, separated by commas."""
+    image_sizes: str = ""
+    """Sides of several square images instead of --image-size, separated by commas."""
+    plan: Path | None = None
+    """A plan written by ``cpvit plan``, instead of a method and a budget."""
+
+    @property
+    def several(self) -> bool:
+        """Whether any list was given."""
+        return bool(self.methods or self.batch_sizes or self.dtypes or self.image_sizes)
 
 
 @dataclass(frozen=True)
@@ -55,15 +79,9 @@ def run(
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
     images: EndToEndOptions,
+    matrix: BenchmarkMatrix,
     pruning: PruneConfig = FOR_SPEED,
-    batch_size: int = 32,
-    methods: str = "",
-    batch_sizes: str = "",
-    dtypes: str = "",
-    image_sizes: str = "",
-    seconds: float = 15.0,
-    seed: int = 0,
-    plan: Path | None = None,
+    options: BenchmarkOptions = BY_DEFAULT,
     json: Path | None = None,
 ) -> None:
     """Time a model dense and pruned, in turn, on random images; random weights are fine.
@@ -72,24 +90,15 @@ def run(
     cannot be made is named at the end, after the others, and the exit status is then 1.
 
     Args:
-        batch_size: Images per forward.
-        methods: Several methods instead of --method, separated by commas; with --plan that is one more.
-        batch_sizes: Several batch sizes instead of --batch-size, separated by commas.
-        dtypes: Several dtypes instead of --dtype, separated by commas.
-        image_sizes: Sides of several square images instead of --image-size, separated by commas.
-        seconds: How long to measure each setting, warm-up not counted.
-        seed: Of the weights (without a checkpoint) and images.
-        plan: A plan written by ``cpvit plan``, instead of a method and a dial.
         json: Write the record behind what is printed to this file.
     """
     images.check()
-    todo = _Todo(model, calibration, preprocessing, images, seconds, seed)
-    if not (methods or batch_sizes or dtypes or image_sizes):
-        _alone(todo, planned(pruning, plan, default=FOR_SPEED), batch_size, json)
+    todo = _Todo(model, calibration, preprocessing, images, options)
+    if not matrix.several:
+        _alone(todo, planned(pruning, matrix.plan, default=FOR_SPEED), json)
         return
-    configs = _configs(pruning, words(methods), plan)
-    settings = list(_settings(model, batch_size, batch_sizes, dtypes, image_sizes))
-    _several(todo, configs, settings, json)
+    configs = _configs(pruning, words(matrix.methods), matrix.plan)
+    _several(todo, configs, list(_settings(model, options, matrix)), json)
 
 
 @dataclass(frozen=True)
@@ -100,22 +109,21 @@ class _Todo:
     calibration: CalibrationOptions
     preprocessing: PreprocessingOptions
     images: EndToEndOptions
-    seconds: float
-    seed: int
+    timing: BenchmarkOptions
 
     def build(self, options: ModelOptions) -> tuple[nn.Module, Calibration | None]:
-        set_seed(self.seed)
+        set_seed(self.timing.seed)
         network = build_model(options, weights_needed=False)
-        statistics = build_calibration(network, self.calibration, self.preprocessing, seed=self.seed)
+        statistics = build_calibration(network, self.calibration, self.preprocessing, seed=self.timing.seed)
         return network, statistics
 
     def batches(self, network: nn.Module, batch_size: int) -> Batches | None:
         """Real images, if they were asked for."""
         if not self.images.end_to_end or self.images.data is None:
             return None
-        options = DataOptions(self.images.data, split=self.images.split, seed=self.seed)
+        options = DataOptions(self.images.data, split=self.images.split, seed=self.timing.seed)
         return make_loader(
-            open_source(options).limited(self.images.limit, self.seed),
+            open_source(options).limited(self.images.limit, self.timing.seed),
             build_preprocessing(network, self.preprocessing),
             labels=None,
             batch_size=batch_size,
@@ -124,20 +132,18 @@ class _Todo:
         )
 
 
-def _alone(todo: _Todo, config: PruneConfig | Plan, batch_size: int, json: Path | None) -> None:
+def _alone(todo: _Todo, config: PruneConfig | Plan, json: Path | None) -> None:
     network, statistics = todo.build(todo.model)
     with progress_bar() as bar:
         task = bar.add_task("benchmark", total=100)
         result = benchmark(
             network,
             config,
-            batch_size=batch_size,
-            batches=todo.batches(network, batch_size),
+            todo.timing,
+            batches=todo.batches(network, todo.timing.batch_size),
             calibration=statistics,
-            seconds=todo.seconds,
-            seed=todo.seed,
             progress=lambda share: bar.update(task, completed=round(100 * share)),
-            tell=say,
+            on_message=say,
         )
     print(benchmark_text(result))
     write_record(result, json)
@@ -172,19 +178,17 @@ def _configs(
     return configs
 
 
-def _settings(
-    model: ModelOptions, batch_size: int, batch_sizes: str, dtypes: str, image_sizes: str
-) -> Iterator[_Setting]:
+def _settings(model: ModelOptions, timing: BenchmarkOptions, matrix: BenchmarkMatrix) -> Iterator[_Setting]:
     """Every combination; the batch size changes fastest, since it needs no other model."""
-    sides = whole_numbers(image_sizes)
+    sides = whole_numbers(matrix.image_sizes)
     sizes: list[tuple[int, ...] | None] = [(side,) for side in sides] if sides else [model.image_size]
-    names = words(dtypes) or (model.dtype,)
+    names = words(matrix.dtypes) or (model.dtype,)
     for name in names:
         choose_dtype(name)  # say so at once if there is no such dtype
     for size in sizes:
         for name in names:
             options = dataclasses.replace(model, image_size=size, dtype=name)  # type: ignore[arg-type]
-            for batch in whole_numbers(batch_sizes) or (batch_size,):
+            for batch in whole_numbers(matrix.batch_sizes) or (timing.batch_size,):
                 yield _Setting(options, batch)
 
 
@@ -215,11 +219,9 @@ def _one(todo: _Todo, configs: dict[str, PruneConfig | Plan], setting: _Setting)
         return compare(
             network,
             configs,
-            batch_size=setting.batch_size,
+            dataclasses.replace(todo.timing, batch_size=setting.batch_size),
             batches=todo.batches(network, setting.batch_size),
             calibration=statistics,
-            seconds=todo.seconds,
-            seed=todo.seed,
             progress=lambda share: bar.update(task, completed=round(100 * share)),
-            tell=say,
+            on_message=say,
         )

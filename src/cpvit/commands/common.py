@@ -14,13 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from cpvit.adapters import open_host
-from cpvit.calibrate import Calibration, calibrate
-from cpvit.checkpoints import head_classes, load_checkpoint
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
-from cpvit.environment import choose_device, choose_dtype
-from cpvit.models import create_model
-from cpvit.plan import Plan, PruneConfig
+from cpvit.machine.device import choose_device, choose_dtype
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
+from cpvit.pruning.calibrate import calibrate
+from cpvit.weights.create import create_model
+from cpvit.weights.loading import load_checkpoint
+from cpvit.weights.reading import head_classes
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 

@@ -16,8 +16,8 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import eval_text
-from cpvit.evaluate import evaluate
-from cpvit.plan import PruneConfig
+from cpvit.measure.evaluate import evaluate
+from cpvit.plans.config import PruneConfig
 
 
 def run(

@@ -10,8 +10,6 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from cpvit.adapters import open_host
-from cpvit.calibrate import Calibration, calibrate
-from cpvit.checkpoints import head_classes, load_checkpoint
 from cpvit.commands.common import (
     build_calibration,
     build_preprocessing,
@@ -41,9 +39,14 @@ from cpvit.finetune import FinetuneConfig, Observer, Processes, Several, finetun
 from cpvit.finetune.folder import RunFolder
 from cpvit.finetune.log import TensorBoard
 from cpvit.finetune.progress import Bar
-from cpvit.models import create_model
-from cpvit.plan import Plan, PruneConfig
-from cpvit.planning import make_plan
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
+from cpvit.plans.resolve import make_plan
+from cpvit.pruning.calibrate import calibrate
+from cpvit.weights.create import create_model
+from cpvit.weights.loading import load_checkpoint
+from cpvit.weights.reading import head_classes
 
 
 @dataclass(frozen=True)

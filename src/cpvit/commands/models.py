@@ -13,7 +13,7 @@ import torch
 from cpvit.adapters import SUPPORTED, UnsupportedModelError, open_host
 from cpvit.commands.common import progress, say
 from cpvit.commands.tables import table
-from cpvit.models import SEED_MODELS
+from cpvit.weights.create import SEED_MODELS
 
 
 def run(pattern: str = "", json: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""``cpvit plan``: from a budget to the schedule of least damage, as a readable file."""
+"""``cpvit plan``: from a budget to the plan that stays closest to the dense model, as a readable file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from cpvit.adapters import open_host
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
@@ -23,13 +22,33 @@ from cpvit.commands.common import (
 from cpvit.commands.options import DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import plan_text
 from cpvit.data import label_map, make_loader
-from cpvit.files import write_atomically
-from cpvit.plan import Align, PruneConfig
-from cpvit.planning import best_align
-from cpvit.speedup import SpeedTuned, tune_speedup
-from cpvit.tune import HeadChoice, Target, Tuned, tune
+from cpvit.machine.align import best_align
+from cpvit.machine.files import write_atomically
+from cpvit.plans.config import Align, PruneConfig
+from cpvit.pruning.opening import open_restored
+from cpvit.tuning.speedup import SpeedTuned, SpeedupOptions, tune_speedup
+from cpvit.tuning.target import HeadChoice, Target, Tuned
+from cpvit.tuning.tune import TuneOptions, tune
 
 USUAL_MACS = 0.6
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How to search."""
+
+    method: str = "cpvit-merge"
+    """What the plan is for."""
+    head_keep_rate: float = 1.0
+    """Fraction of the heads left."""
+    head_choice: HeadChoice = "damage"
+    """Cut the heads whose loss costs least and correct the projections (damage), or the paper's (cascade)."""
+    align: Align = "auto"
+    """Make the tokens in every block a multiple of this number; auto measures which is fastest here."""
+    trials: int = 120
+    """Schedules to evaluate at each budget."""
+    seconds: float = 10.0
+    """How long to measure a plan for --speedup each time."""
 
 
 def run(
@@ -38,15 +57,10 @@ def run(
     target: Target,
     preprocessing: PreprocessingOptions,
     out: Path,
-    method: str = "cpvit-merge",
-    head_keep_rate: float = 1.0,
-    head_choice: HeadChoice = "damage",
-    align: Align = "auto",
-    trials: int = 120,
-    seconds: float = 10.0,
+    options: PlanOptions = PlanOptions(),
     json: Path | None = None,
 ) -> None:
-    """Search, on calibration images, for the schedule that does the least damage for a budget.
+    """Search, on calibration images, for the schedule that stays closest to the dense model at a budget.
 
     Interrupt it when you like: the same command line goes on where it stopped. With --speedup the budget is time: the
     blocks are timed on this machine for --batch-size, and the plan is measured before it is written; interrupted, it
@@ -54,26 +68,18 @@ def run(
 
     Args:
         out: Where to write the plan (JSON); what the search knows is kept beside it until it is done.
-        method: What the plan is for.
-        head_keep_rate: Fraction of the heads left.
-        head_choice: Cut the heads that are missed least and make up for them (damage), or the paper's (cascade).
-        align: Make the tokens in every block a multiple of this number; auto measures which is fastest here.
-        trials: Schedules to judge for each budget.
-        seconds: How long to measure a plan for --speedup each time.
         json: Write how good the plan is on the calibration images to this file.
     """
     set_seed(data.seed)
     network = build_model(model, data=data.data)
     images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
-    memory = out.with_name(out.name + ".search")
-    settings = _Settings(
-        method, head_keep_rate, head_choice, align, trials, data.batch_size, data.seed, memory, seconds
-    )
+    checkpoint = out.with_name(out.name + ".search")
+    request = _Request(target, options, data.batch_size, data.seed, checkpoint)
     try:
-        found = _search(network, images, labels, target, settings)
+        found = _search(network, images, labels, request)
     except KeyboardInterrupt:
         if target.speedup is None:
-            say(f"stopped; the same command goes on from {memory}")
+            say(f"stopped; the same command goes on from {checkpoint}")
         raise
     tuned = found.tuned if isinstance(found, SpeedTuned) else found
     write_atomically(out, tuned.plan.to_json())
@@ -85,16 +91,19 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Settings:
-    method: str
-    head_keep_rate: float
-    head_choice: HeadChoice
-    align: Align
-    trials: int
+class _Request:
+    target: Target
+    options: PlanOptions
     batch_size: int
     seed: int
-    memory: Path
-    seconds: float
+    checkpoint: Path
+
+    def search(self, multiple: int = 1) -> TuneOptions:
+        """Options of the library's search."""
+        chosen = self.options
+        return TuneOptions(
+            chosen.method, chosen.head_keep_rate, chosen.head_choice, chosen.trials, self.seed, multiple
+        )
 
 
 def _images(network: Any, data: DataOptions, preprocessing: PreprocessingOptions, *, labelled: bool) -> Any:
@@ -114,46 +123,33 @@ def _images(network: Any, data: DataOptions, preprocessing: PreprocessingOptions
 
 
 def _search(
-    network: Any, images: torch.Tensor, labels: torch.Tensor | None, target: Target, settings: _Settings
+    network: Any, images: torch.Tensor, labels: torch.Tensor | None, request: _Request
 ) -> Tuned | SpeedTuned:
+    target, options = request.target, request.options
     with progress_bar() as bar:
-        task = bar.add_task("search", total=settings.trials)
+        task = bar.add_task("search", total=options.trials)
 
-        def judged(count: int, best: float) -> None:
+        def show(count: int, best: float) -> None:
             bar.update(task, completed=count, description=f"distance {best:.4f}")
 
-        common: dict[str, Any] = {
-            "method": settings.method,
-            "head_keep_rate": settings.head_keep_rate,
-            "head_choice": settings.head_choice,
-            "trials": settings.trials,
-            "seed": settings.seed,
-            "on_judged": judged,
-        }
         if target.speedup is not None:
+            timing = SpeedupOptions(request.batch_size, options.align, seconds=options.seconds)
             return tune_speedup(
-                network,
-                images,
-                target.speedup,
-                batch_size=settings.batch_size,
-                align=settings.align,
-                seconds=settings.seconds,
-                tell=say,
-                **common,
+                network, images, target.speedup, request.search(), timing, on_trial=show, on_message=say
             )
-        multiple = _multiple(network, target, settings)
+        search = request.search(_multiple(network, request))
         return tune(
-            network, images, target, labels=labels, multiple=multiple, memory=settings.memory, **common
+            network, images, target, search, labels=labels, checkpoint=request.checkpoint, on_trial=show
         )
 
 
-def _multiple(network: Any, target: Target, settings: _Settings) -> int:
+def _multiple(network: Any, request: _Request) -> int:
     """Tokens to align to; for an accuracy to hold, the multiple that is fastest at a usual budget."""
-    if settings.align != "auto":
-        return settings.align if isinstance(settings.align, int) else 1
-    macs = USUAL_MACS if target.macs is None else target.macs
-    config = PruneConfig(method=settings.method, macs=macs)
-    return best_align(open_host(network), config, batch_size=settings.batch_size, tell=say)
+    align, macs = request.options.align, request.target.macs
+    if align != "auto":
+        return align if isinstance(align, int) else 1
+    config = PruneConfig(method=request.options.method, macs=USUAL_MACS if macs is None else macs)
+    return best_align(open_restored(network), config, batch_size=request.batch_size, on_message=say)
 
 
 def _text(tuned: Tuned) -> str:
@@ -163,7 +159,7 @@ def _text(tuned: Tuned) -> str:
             f"{tuned.plan.model}: {100 * tuned.plan.macs_ratio:.2f}% of the dense MACs",
             f"on the {tuned.plan.calibration_images} calibration images: KL {tuned.kl:.4f} nats "
             f"(before the search {tuned.start_kl:.4f}), agreement {tuned.agreement:.4f}{drop}; "
-            f"{tuned.judged} schedules judged",
+            f"{tuned.evaluations} schedules evaluated",
             plan_text(tuned.plan),
         ]
     )

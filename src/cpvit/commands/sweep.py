@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from cpvit.commands.common import (
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import table
 from cpvit.data import find_samples, make_loader
-from cpvit.plan import Plan
-from cpvit.sweep import SweepResult, plot_sweep, sweep
+from cpvit.measure.sweep import SweepOptions, SweepResult, plot_sweep, sweep
+from cpvit.plans.plan import Plan
+from cpvit.tuning.target import Target
+from cpvit.tuning.tune import TuneOptions, tune
 
 
 def run(
@@ -57,25 +60,25 @@ def run(
     loaded = [Plan.load(path) for path in words(plans)]
     network = build_model(model, data=data.data)
     batches = build_batches(network, data, preprocessing)
-    images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
+    images = _search_images(network, calibration, preprocessing, data.seed) if searched else torch.empty(0)
     with progress_bar() as bar:
         task = bar.add_task("search", total=trials, visible=False)
 
-        def judged(title: str, count: int, best: float) -> None:
-            bar.update(task, completed=count, visible=count < trials, description=f"{title} KL {best:.3f}")
+        def search(method: str, budget: float) -> Plan:
+            def show(count: int, best: float) -> None:
+                title = f"{method} {budget:g} distance {best:.3f}"
+                bar.update(task, completed=count, visible=count < trials, description=title)
+
+            target = Target(macs=budget)
+            settings = TuneOptions(method=method, trials=trials, seed=data.seed)
+            return tune(network, images, target, settings, on_trial=show).plan
 
         result = sweep(
             network,
             batches,
-            words(methods),
-            numbers(macs),
-            plans=loaded,
+            SweepOptions(tuple(words(methods)), tuple(numbers(macs)), tuple(loaded), data.seed),
             calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
-            search_images=images,
-            searched=words(searched),
-            trials=trials,
-            seed=data.seed,
-            on_judged=judged,
+            search={method: partial(search, method) for method in words(searched)},
             progress=lambda items, title, total: bar.track(items, total=total, description=title),
         )
     print(_text(result))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpvit.benchmark import BenchmarkResult, Comparison, Timing
-from cpvit.evaluate import EvalResult
 from cpvit.finetune import FinetuneResult
-from cpvit.plan import Plan
+from cpvit.measure.evaluate import EvalResult
+from cpvit.measure.timings import BenchmarkResult, Comparison, Timing
+from cpvit.plans.plan import Plan
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,10 +10,10 @@ from torch import nn
 
 from cpvit.commands.common import build_model, set_seed, write_record
 from cpvit.commands.options import ModelOptions
-from cpvit.macs import count_macs
-from cpvit.plan import Plan
-from cpvit.prune import prune_, unprune_
-from cpvit.verify import Verification, VerificationError, verify
+from cpvit.plans.macs import count_macs
+from cpvit.plans.plan import Plan
+from cpvit.pruning.prune import prune_, unprune_
+from cpvit.pruning.verify import Verification, VerificationError, verify
 
 MACS_ERROR = 0.005
 """Share of the dense MACs by which a plan may be off what torch counts on the pruned model."""

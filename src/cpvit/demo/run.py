@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from cpvit.demo.digits import GRID, cluttered_digits, load_digits_model, to_unit
-from cpvit.macs import count_macs
-from cpvit.plan import Plan, PruneConfig, ScheduleName
-from cpvit.prune import prune_, record
-from cpvit.timing import interleave
-from cpvit.visualize import draw_survivors
+from cpvit.machine.timer import interleave
+from cpvit.measure.visualize import draw_survivors
+from cpvit.plans.config import PruneConfig, ScheduleName
+from cpvit.plans.macs import count_macs
+from cpvit.plans.plan import Plan
+from cpvit.pruning.prune import prune_
+from cpvit.pruning.record import record
 
 _BATCH = 32
 _DRAWN = 6

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cpvit.files import remove_leftovers, replacing
+from cpvit.machine.files import remove_leftovers, replacing
 
 VERSION = 1
 """Of the file's layout."""

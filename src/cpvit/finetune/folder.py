@@ -16,10 +16,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from cpvit.files import remove_leftovers, replacing, write_atomically
 from cpvit.finetune.checkpoint import TrainingState, load_state, os_errors, save_state
-from cpvit.plan import Plan
-from cpvit.saving import WEIGHTS, save_pruned
+from cpvit.machine.files import remove_leftovers, replacing, write_atomically
+from cpvit.plans.plan import Plan
+from cpvit.weights.saving import WEIGHTS, save_pruned
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
-from cpvit.calibrate import Calibration
 from cpvit.data import Batches, TrainBatch, TrainBatches
-from cpvit.environment import DTYPES, describe_environment
 from cpvit.finetune.checkpoint import Evaluation, TrainingState, as_facts, differences
 from cpvit.finetune.config import FinetuneConfig
 from cpvit.finetune.folder import RunFolder
@@ -37,8 +35,12 @@ from cpvit.finetune.optimise import drop_unused_, freeze_, make_optimizer, make_
 from cpvit.finetune.processes import Processes, start_processes
 from cpvit.finetune.result import FinetuneResult, best_of, record_text
 from cpvit.finetune.tighten import in_force, plan_at, set_patches_
-from cpvit.plan import Plan, PruneConfig
-from cpvit.prune import plan_of, prune_
+from cpvit.machine.device import DTYPES
+from cpvit.machine.environment import describe_environment
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
+from cpvit.pruning.prune import plan_of, prune_
 
 LOG_EVERY = 10
 """Steps between two looks at the losses on an accelerator, where each look waits for it."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpvit.environment import choose_device
+from cpvit.machine.device import choose_device
 
 
 @dataclass(frozen=True)

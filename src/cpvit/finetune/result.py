@@ -7,10 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cpvit.environment import Environment
 from cpvit.finetune.checkpoint import Evaluation
 from cpvit.finetune.config import FinetuneConfig
-from cpvit.plan import Plan
+from cpvit.machine.environment import Environment
+from cpvit.plans.plan import Plan
 
 
 @dataclass(frozen=True)

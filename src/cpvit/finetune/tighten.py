@@ -9,11 +9,12 @@ from dataclasses import replace
 from torch import nn
 
 from cpvit.adapters import open_host
-from cpvit.cascade import CascadeContainer, installed, make_steps
 from cpvit.finetune.config import TighteningConfig
 from cpvit.methods import method_named
-from cpvit.plan import Plan
-from cpvit.schedule import halved_at_most
+from cpvit.plans.plan import Plan
+from cpvit.plans.schedules import halved_at_most
+from cpvit.plans.steps import make_steps
+from cpvit.pruning.install import CascadeContainer, installed
 
 
 def plan_at(plan: Plan, config: TighteningConfig, step: int) -> Plan:

@@ -1,0 +1,1 @@
+"""What pruned models cost and save: accuracy, speed, what is supported."""

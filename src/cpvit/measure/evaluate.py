@@ -1,0 +1,151 @@
+"""How good is the pruned model, next to the dense one, on the same images in the same run?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cpvit.adapters import Host
+from cpvit.data import Batches
+from cpvit.machine.environment import Environment, describe_environment
+from cpvit.measure.metrics import Predictions, agreement, kl_divergence
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.macs import host_macs
+from cpvit.plans.plan import Plan
+from cpvit.pruning.opening import open_restored, unprune_host
+from cpvit.pruning.prune import prune_host
+
+Progress = Callable[[Iterable[object], str, int], Iterable[object]]
+"""Wraps an iterable of a known length to show its progress under a title."""
+
+
+def no_progress(items: Iterable[object], title: str, total: int) -> Iterable[object]:
+    """Show nothing."""
+    return items
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """The untouched model."""
+
+    top1: float
+    """Percent."""
+    top5: float
+    """Percent."""
+    macs: int
+    """Multiply-accumulates of one image, counted by torch."""
+    params: int
+
+
+@dataclass(frozen=True)
+class PrunedResult(DenseResult):
+    """The pruned model."""
+
+    tokens_per_block: tuple[int, ...]
+    """Tokens that leave each block, prefix tokens included."""
+    heads_per_block: tuple[int, ...]
+    """Heads that work in each block."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One run of :func:`evaluate`."""
+
+    model: str
+    dense: DenseResult
+    pruned: PrunedResult
+    macs_ratio: float
+    agreement: float
+    """Share of the images on which the pruned model predicts what the dense one does."""
+    kl: float
+    """Mean KL divergence of the pruned from the dense class distribution, in nats."""
+    images: int
+    images_skipped: int
+    skipped: tuple[str, ...]
+    """Names of the images that could not be read."""
+    plan: Plan
+    environment: Environment
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    config: PruneConfig | Plan | None = None,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> EvalResult:
+    """Evaluate a model dense and pruned on the same images. The model is left untouched.
+
+    Args:
+        model: An untouched model on its device and in its dtype.
+        batches: Labelled images.
+        config: What to prune; default: the paper's method, half of the patches left.
+        calibration: From ``calibrate``; makes the schedule layer-aware and lets heads be cut.
+        seed: Only recorded.
+        progress: Shows how far each pass is.
+
+    Raises:
+        ValueError: The configuration does not fit the model, or the images have no labels.
+    """
+    host = open_restored(model)
+    dense = predict(host, batches, title="dense", progress=progress)
+    dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
+    plan = prune_host(host, PruneConfig() if config is None else config, calibration=calibration)
+    try:
+        pruned = predict(host, batches, title="pruned", progress=progress)
+        pruned_result = PrunedResult(
+            top1=pruned.top(1),
+            top5=pruned.top(5),
+            macs=host_macs(host),
+            params=count_params(model),
+            tokens_per_block=plan.tokens_per_block,
+            heads_per_block=plan.heads_per_block,
+        )
+    finally:
+        unprune_host(host)
+    return EvalResult(
+        model=plan.model,
+        dense=dense_result,
+        pruned=pruned_result,
+        macs_ratio=pruned_result.macs / dense_result.macs,
+        agreement=agreement(dense, pruned),
+        kl=kl_divergence(dense, pruned),
+        images=len(dense.log_probs),
+        images_skipped=len(batches.skipped),
+        skipped=tuple(batches.skipped),
+        plan=plan,
+        environment=describe_environment(host.device, host.dtype, seed),
+    )
+
+
+@torch.inference_mode()
+def predict(
+    host: Host, batches: Batches, *, title: str = "", progress: Progress = no_progress
+) -> Predictions:
+    """Run a model over labelled images.
+
+    Raises:
+        ValueError: The images have no labels.
+    """
+    log_probs, labels = [], []
+    with host.in_eval_mode():
+        for batch in progress(batches, title, len(batches)):
+            if batch.labels is None:  # type: ignore[attr-defined]
+                raise ValueError(
+                    "evaluation needs labels; build the loader with labels=label_map(source, num_classes)"
+                )
+            logits = host.output(host.model(batch.images.to(host.device, host.dtype)))  # type: ignore[attr-defined]
+            log_probs.append(logits.float().log_softmax(dim=-1).cpu())
+            labels.append(batch.labels)  # type: ignore[attr-defined]
+    return Predictions(torch.cat(log_probs), torch.cat(labels))
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters the model holds now."""
+    return sum(parameter.numel() for parameter in model.parameters())

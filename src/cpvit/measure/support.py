@@ -1,0 +1,217 @@
+"""What works with which model: measured on small models with random weights, never written down by hand.
+
+A case names a model of a library. Its architecture is built anew with few and narrow blocks, an 8 x 8 grid (or a
+stated one) and ten classes; everything else, the kind of attention, positions, prefix tokens, LayerScale, norms
+and pooling, is as in the full model. Tokens, heads and blocks are those of the full model, which is described
+without being computed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cpvit.adapters import Host, UnsupportedModelError, open_host
+from cpvit.measure.support_cases import Case
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.plan import Plan
+from cpvit.pruning.prune import prune_host
+from cpvit.pruning.record import record
+from cpvit.pruning.verify import check, relative_error, tolerance, verify_host
+from cpvit.weights.saving import load_pruned, save_pruned
+
+MACS, HEAD_KEEP_RATE = 0.6, 0.5
+
+
+YES = "yes"
+
+
+NO_TRANSFORMERS = "skipped: transformers not installed"
+
+
+@dataclass(frozen=True)
+class SupportRow:
+    """What was measured for one case. Outcomes are "yes", or "no: " and the reason."""
+
+    family: str
+    model: str
+    blocks: int = 0
+    tokens: int = 0
+    heads: int = 0
+    error: float = float("nan")
+    """Keep-everything error: see ``verify``."""
+    tolerance: float = float("nan")
+    patches: int = 0
+    """Of the small model, which the rest is about."""
+    survivors: tuple[int, ...] = ()
+    """Patches that left each block, recorded while it ran at 0.6 of the MACs."""
+    head_pruning: str = ""
+    heads_left: tuple[int, ...] = ()
+    compiles: str = ""
+    exports: str = ""
+    saves: str = ""
+    failure: str = ""
+    """Why this model fails as a whole; empty if it does not."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something that every supported model should do does not work; cut heads are not such."""
+        outcomes = (self.compiles, self.exports, self.saves)
+        return (bool(self.failure) and self.failure != NO_TRANSFORMERS) or any(
+            no != YES for no in outcomes if no
+        )
+
+
+def measure(case: Case, *, seed: int = 0) -> SupportRow:
+    """Everything the table says about one model."""
+    if case.needs_transformers and importlib.util.find_spec("transformers") is None:
+        return SupportRow(case.family, case.name, failure=NO_TRANSFORMERS)
+    try:
+        return _measured(case, seed)
+    except Exception as error:  # the table is about what goes wrong, whatever it is
+        return SupportRow(case.family, case.name, failure=_reason(error))
+
+
+def _measured(case: Case, seed: int) -> SupportRow:
+    with torch.device("meta"):
+        full = open_host(case.full())
+    model = small_model(case, seed)
+    host = open_host(model)
+    checked = verify_host(host, seed=seed)
+    check(host)
+    images = random_images(host, 3, seed)
+    survivors = measure_survivors(host, images)
+    head_pruning, plan = prune_heads(host, images)
+    return SupportRow(
+        family=case.family,
+        model=case.name,
+        blocks=full.depth,
+        tokens=full.num_tokens,
+        heads=full.blocks[0].num_heads,
+        error=checked.error,
+        tolerance=checked.tolerance,
+        patches=plan.num_patches,
+        survivors=survivors,
+        head_pruning=head_pruning,
+        heads_left=plan.heads_per_block,
+        compiles=_outcome(check_compile, host, images),
+        exports=_outcome(check_export, host, images),
+        saves=_outcome(check_saving, host, images, case.arguments),
+    )
+
+
+def small_model(case: Case, seed: int = 0) -> nn.Module:
+    """The small model with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = case.small()
+        randomize_(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module) -> None:
+    """Weights with which every part matters: LayerScale far from 0, biases and registers far from nothing."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn_like(parameter)
+            if "Norm" in type(module).__name__ and name == "weight":
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.startswith(("gamma", "lambda")):
+                parameter.copy_(0.6 + 0.2 * noise)
+            elif parameter.dim() > 1 and name.endswith("weight"):
+                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise)
+
+
+def random_images(host: Host, batch: int, seed: int = 0) -> Tensor:
+    """[B 3 H W] of the model's size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *host.image_shape, generator=generator)
+
+
+def measure_survivors(host: Host, images: Tensor) -> tuple[int, ...]:
+    """Prune to 0.6 of the MACs, run, and count the patches that leave each block."""
+    plan = prune_host(host, PruneConfig(macs=MACS), verify=False)
+    with record(host.model) as trace:
+        run(host, images)
+    counted = tuple(kept.shape[1] for kept in trace.survivors)
+    if counted != plan.patches_per_block or counted[-1] >= plan.num_patches:
+        raise RuntimeError(
+            f"{counted} of {plan.num_patches} patches left the blocks, planned {plan.patches_per_block}"
+        )
+    return counted
+
+
+def prune_heads(host: Host, images: Tensor) -> tuple[str, Plan]:
+    """Also cut half of the heads where that is possible: outcome, and the plan then active."""
+    try:
+        config = PruneConfig(macs=MACS, head_keep_rate=HEAD_KEEP_RATE)
+        return YES, prune_host(host, config, calibration=images, verify=False)
+    except UnsupportedModelError as error:
+        return _no(error), prune_host(host, PruneConfig(macs=MACS), verify=False)
+
+
+@torch.inference_mode()
+def run(host: Host, images: Tensor) -> Tensor:
+    """Logits, or features of a model without a classifier."""
+    return host.output(host.model(images))
+
+
+def check_compile(host: Host, images: Tensor) -> None:
+    """One graph, and the same output."""
+    torch.compiler.reset()
+    compiled = torch.compile(host.model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = host.output(compiled(images))
+    _expect_equal(got, run(host, images), host.depth)
+
+
+def check_export(host: Host, images: Tensor) -> None:
+    """For any number of images, and the same output for another one than it was exported with."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(host.model, (images[1:],), dynamic_shapes=({0: batch},)).module()
+        got = host.output(exported(images))
+    _expect_equal(got, run(host, images), host.depth)
+
+
+def check_saving(host: Host, images: Tensor, arguments: Mapping[str, object]) -> None:
+    """Saved, loaded without being told what it is, and the same output bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pruned(host.model, folder, arguments=arguments)
+        again = load_pruned(folder)
+    with torch.inference_mode():
+        got = host.output(again(images))
+    if not torch.equal(got, run(host, images)):
+        raise RuntimeError("the loaded model's output differs")
+
+
+def _expect_equal(got: Tensor, expected: Tensor, depth: int) -> None:
+    error, limit = relative_error(got, expected), tolerance(expected.dtype, depth)
+    if error > limit:
+        raise RuntimeError(f"the output differs by {error:.1e} (tolerance {limit:.1e})")
+
+
+def _outcome(attempt: Callable[..., None], *args: object) -> str:
+    try:
+        attempt(*args)
+    except Exception as error:  # the table is about what goes wrong, whatever it is
+        return _no(error)
+    return YES
+
+
+def _no(error: Exception) -> str:
+    return f"no: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """First sentence of the message; the table has no room for more."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition("; ")[0][:200]

@@ -1,0 +1,163 @@
+"""Several methods at several budgets, on the same images: the honest comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeAlias
+
+from torch import nn
+
+from cpvit.data import Batches
+from cpvit.machine.environment import Environment, describe_environment
+from cpvit.measure.evaluate import Progress, no_progress, predict
+from cpvit.measure.metrics import agreement, kl_divergence
+from cpvit.plans.calibration import Calibration
+from cpvit.plans.check import check_plan
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.macs import host_macs
+from cpvit.plans.plan import Plan
+from cpvit.pruning.opening import open_restored, unprune_host
+from cpvit.pruning.prune import prune_host
+
+Search: TypeAlias = Callable[[float], Plan]
+"""Finds a plan for a fraction of the dense MACs."""
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One method at one budget."""
+
+    method: str
+    macs: float
+    """Asked for."""
+    macs_ratio: float
+    """Counted."""
+    top1: float
+    top5: float
+    top1_lost: float
+    """Points below the dense model."""
+    agreement: float
+    kl: float
+    schedule: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """One run of :func:`sweep`."""
+
+    model: str
+    images: int
+    dense_top1: float
+    dense_top5: float
+    dense_macs: int
+    points: tuple[SweepPoint, ...]
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What to compare."""
+
+    methods: tuple[str, ...]
+    """Names; each with the schedule of its publication unless it is searched for."""
+    macs: tuple[float, ...]
+    """Fractions of the dense MACs."""
+    plans: tuple[Plan, ...] = ()
+    """Plans made before, as points of a line of their own for each method ("plan (METHOD)")."""
+    seed: int = 0
+    """Only recorded."""
+
+
+def sweep(
+    model: nn.Module,
+    batches: Batches,
+    options: SweepOptions,
+    *,
+    calibration: Calibration | None = None,
+    search: Mapping[str, Search] = MappingProxyType({}),
+    progress: Progress = no_progress,
+) -> SweepResult:
+    """Evaluate every method at every MACs budget. The model is left untouched.
+
+    Args:
+        model: An untouched model with its weights.
+        batches: Labelled images to evaluate on.
+        options: Methods, budgets and plans.
+        calibration: Makes the schedule of the methods that follow the attention range layer-aware.
+        search: By method, what finds its plan for a budget (:func:`cpvit.tuning.tune.tune` on calibration images that
+            are not among the evaluated).
+        progress: Shows each pass.
+
+    Raises:
+        ValueError: A plan is not for this model, or something does not fit; plans are checked before anything runs.
+    """
+    host = open_restored(model)
+    for plan in options.plans:
+        check_plan(plan, host)
+    dense = predict(host, batches, title="dense", progress=progress)
+    dense_macs = host_macs(host)
+    points: list[SweepPoint] = []
+
+    def add_point(name: str, asked: float, config: PruneConfig | Plan) -> None:
+        plan = prune_host(host, config, calibration=calibration, verify=not points)
+        pruned = predict(host, batches, title=f"{name} {asked:g}", progress=progress)
+        points.append(
+            SweepPoint(
+                method=name,
+                macs=asked,
+                macs_ratio=host_macs(host) / dense_macs,
+                top1=pruned.top(1),
+                top5=pruned.top(5),
+                top1_lost=dense.top(1) - pruned.top(1),
+                agreement=agreement(dense, pruned),
+                kl=kl_divergence(dense, pruned),
+                schedule=plan.schedule,
+                plan=plan,
+            )
+        )
+        unprune_host(host)
+
+    for method in options.methods:
+        for budget in options.macs:
+            config = search[method](budget) if method in search else PruneConfig(method=method, macs=budget)
+            add_point(method, budget, config)
+    for plan in options.plans:
+        add_point(f"plan ({plan.method})", plan.macs_ratio, plan)
+    return SweepResult(
+        model=host.name,
+        images=len(dense.log_probs),
+        dense_top1=dense.top(1),
+        dense_top5=dense.top(5),
+        dense_macs=dense_macs,
+        points=tuple(points),
+        environment=describe_environment(host.device, host.dtype, options.seed),
+    )
+
+
+def plot_sweep(result: SweepResult, path: Path) -> Path:
+    """Top-1 lost and KL against MACs, a line per method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    lost, divergence = figure.subplots(1, 2)
+    for method in dict.fromkeys(point.method for point in result.points):
+        line = sorted((p.macs_ratio, p.top1_lost, p.kl) for p in result.points if p.method == method)
+        ratios, losses, kls = zip(*line, strict=True)
+        lost.plot(ratios, losses, marker="o", label=method)
+        divergence.plot(ratios, kls, marker="o", label=method)
+    lost.set(
+        xlabel="MACs of dense", ylabel="top-1 lost (points)", title=f"{result.model}, {result.images} images"
+    )
+    divergence.set(xlabel="MACs of dense", ylabel="KL from dense (nats)", yscale="log")
+    for axes in (lost, divergence):
+        axes.invert_xaxis()
+        axes.grid(visible=True, alpha=0.3)
+    divergence.legend()
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,34 @@
+"""Multiply-accumulates (1 MAC = 2 FLOPs) of one image, counted by torch's own FLOP counter on the model as it is."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cpvit.adapters import Host, open_host
+
+
+def count_macs(model: nn.Module) -> int:
+    """MACs of one image, counted by torch on the model as it is now (everything that is a matmul or conv).
+
+    Runs on the "meta" device: no arithmetic is done and no weight is copied.
+    """
+    return host_macs(open_host(model))
+
+
+def host_macs(host: Host) -> int:
+    """:func:`count_macs` for a model that is opened already."""
+    weights = {name: tensor.to("meta") for name, tensor in _tensors(host.model).items()}
+    image = torch.empty(1, *host.image_shape, device="meta", dtype=host.dtype)
+    counter = FlopCounterMode(display=False)
+    with host.in_eval_mode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        torch.func.functional_call(host.model, weights, (image,))
+    return int(counter.get_total_flops()) // 2
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in chain(model.named_parameters(), model.named_buffers())}

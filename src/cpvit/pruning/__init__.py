@@ -1,0 +1,1 @@
+"""Prune a model in place, look into it, and undo it."""

@@ -1,0 +1,174 @@
+"""One forward pass through the blocks: the state of the cascade, block by block.
+
+The state of a forward pass lives in one run and nowhere else, so nothing is left on the model and two threads do not
+meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpvit.adapters import Host
+from cpvit.attention import ScoredAttention
+from cpvit.core import BlockStep, Method, TokenState, full_grid, initial_state, run_block
+
+
+class PruningBypassError(RuntimeError):
+    """The host was about to run its blocks without the cascade."""
+
+
+class Watched(NamedTuple):
+    """What a watcher is shown after each block."""
+
+    block: int
+    tokens: Tensor
+    """[B P+n C] leaving the block."""
+    state: TokenState
+    probs: Tensor | None
+    """[B H N N], only if the watcher asked for the attention."""
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Called after every block of every forward; see :func:`watching`."""
+
+    see: Callable[[Watched], None]
+    attention: bool = False
+
+
+@dataclass
+class Cascade:
+    """Everything one forward needs to know. Plain data; replaced, not changed, when the plan changes."""
+
+    host: Host
+    method: Method
+    steps: tuple[BlockStep, ...]
+    dense_features: bool = False
+    checkpointing: bool = False
+    watchers: list[Watcher] = field(default_factory=list)
+    kernel: ScoredAttention | None = None
+
+    @property
+    def pools_departed(self) -> bool:
+        """Whether the head would read patches that have left, at the value they had then."""
+        leave = self.steps[-1].keep < self.host.num_patches
+        return self.dense_features and leave and self.host.pools_patches and not self.method.merges
+
+    def start(self) -> list[_Step]:
+        """One-shot steps of one forward pass."""
+        if getattr(self.host.model, "grad_checkpointing", False) and torch.is_grad_enabled():
+            raise PruningBypassError(
+                "the model's own gradient checkpointing would run blocks without pruning; switch it off "
+                "(model.set_grad_checkpointing(False)) and use prune_(..., checkpointing=True)"
+            )
+        run = _Run(self)
+        return [_Step(run, number) for number in range(len(self.steps))]
+
+
+class _Run:
+    """One forward pass: the only place where its state is kept."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self.cascade = cascade
+        self.state: TokenState | None = None
+        self.next_block = 0
+
+    def step(self, number: int, x: Tensor, extra: dict[str, object]) -> Tensor:
+        if number != self.next_block:
+            raise PruningBypassError(
+                f"block {number} of a pruned model was run out of order (expected block {self.next_block}): "
+                "blocks share one cascade per forward pass and cannot be repeated, skipped or checkpointed alone"
+            )
+        self.next_block += 1
+        cascade = self.cascade
+        state = self._start(x, extra) if self.state is None else self.state
+        x, self.state, probs = self._run_block(number, x, state, extra)
+        for watcher in cascade.watchers:
+            watcher.see(Watched(number, x, self.state, probs))
+        return self._finish(x, self.state) if self.next_block == len(cascade.steps) else x
+
+    def _run_block(
+        self, number: int, x: Tensor, state: TokenState, extra: dict[str, object]
+    ) -> tuple[Tensor, TokenState, Tensor | None]:
+        cascade = self.cascade
+
+        def block(x: Tensor, state: TokenState) -> tuple[Tensor, TokenState, Tensor | None]:
+            return run_block(
+                cascade.host.blocks[number],
+                cascade.method,
+                cascade.steps[number],
+                x,
+                state,
+                num_prefix=cascade.host.num_prefix,
+                extra=extra,
+                watch=any(watcher.attention for watcher in cascade.watchers),
+                kernel=cascade.kernel,
+            )
+
+        if cascade.checkpointing and torch.is_grad_enabled():
+            result: tuple[Tensor, TokenState, Tensor | None] = torch.utils.checkpoint.checkpoint(
+                block, x, state, use_reentrant=False
+            )
+            return result
+        return block(x, state)
+
+    def _start(self, x: Tensor, extra: dict[str, object]) -> TokenState:
+        host = self.cascade.host
+        if reason := host.blocked(host, extra):
+            raise PruningBypassError(reason)
+        if x.shape[1] != host.num_tokens:
+            hint = f" ({host.resizing})" if host.resizing else ""
+            raise ValueError(
+                f"{host.name} was pruned for {host.num_patches} patches ({host.grid[0]}x{host.grid[1]}) and got "
+                f"{x.shape[1] - host.num_prefix}; give images of {host.image_shape[1]}x{host.image_shape[2]} "
+                f"pixels, or prune the model anew for this size{hint}"
+            )
+        return initial_state(
+            x,
+            host.num_prefix,
+            track_carrier=self.cascade.method.merges and self._carriers_are_read(),
+            keep_departed=self.cascade.dense_features and not self.cascade.method.merges,
+        )
+
+    def _carriers_are_read(self) -> bool:
+        return self._spreads_out() or bool(self.cascade.watchers)
+
+    def _spreads_out(self) -> bool:
+        """Whether the caller, or a head that pools what was merged, needs every patch."""
+        cascade = self.cascade
+        return cascade.dense_features or (cascade.method.merges and cascade.host.pools_patches)
+
+    def _finish(self, x: Tensor, state: TokenState) -> Tensor:
+        """Spread tokens out again where every patch is needed."""
+        host = self.cascade.host
+        if self._spreads_out() and state.positions.shape[1] < host.num_patches:
+            return full_grid(x, state, host.num_prefix)
+        return x
+
+
+class _Step:
+    """What a host gets instead of a block."""
+
+    def __init__(self, run: _Run, number: int) -> None:
+        self.run = run
+        self.number = number
+
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        names = self.run.cascade.host.positional
+        return self.run.step(self.number, x, {**dict(zip(names, args, strict=False)), **kwargs})
+
+
+@contextmanager
+def watching(cascade: Cascade, watcher: Watcher) -> Iterator[None]:
+    """Show every block of every forward inside the ``with`` to ``watcher``."""
+    cascade.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        cascade.watchers.remove(watcher)

@@ -1,0 +1,137 @@
+"""The loop over blocks, installed where the host keeps its blocks.
+
+A host iterates over its block container and calls what it gets. The cascade's containers hand out, at every
+iteration, fresh one-shot steps that share one run: the state of a forward pass lives in that run and nowhere
+else, so nothing is left on the model, two threads do not meet, and the host's own loop needs no change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from cpvit.adapters import Host
+from cpvit.plans.plan import Plan
+from cpvit.pruning.cascade import Cascade, PruningBypassError
+from cpvit.pruning.heads import SlicedHeads
+
+
+class CascadeContainer:
+    """Mixin of the containers that replace the host's own; holds the same blocks under the same names."""
+
+    cascade: Cascade
+    original: tuple[nn.Module]
+    plan: Plan | None = None
+    cut_heads: tuple[SlicedHeads, ...] = ()
+    heads_lost: bool = False
+    """Whether heads were cut whose weights are nowhere any more: the model was loaded without them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.cascade.start())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            raise PruningBypassError(
+                f"blocks {index.start or 0} to {index.stop} of a pruned model cannot be taken out of it: they "
+                "would run without pruning; call unprune_(model) first"
+            )
+        return list(self.children())[index]  # type: ignore[attr-defined]
+
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """All blocks, one after the other."""
+        for step in self.cascade.start():
+            x = step(x, *args, **kwargs)
+        return x
+
+
+class CascadeSequential(CascadeContainer, nn.Sequential):
+    """For hosts that call their container."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Blocks one after the other: [B N C] -> [B n C]."""
+        return self.run(x)
+
+
+class CascadeList(CascadeContainer, nn.ModuleList):
+    """For hosts that iterate over their container."""
+
+
+def install(host: Host, cascade: Cascade) -> CascadeContainer:
+    """Put the cascade in the place of the host's block container and guard every way around it."""
+    original = getattr(host.parent, host.attribute)
+    container = _same_kind(original)
+    container.cascade = cascade
+    container.original = (original,)  # in a tuple, so that torch does not register it as a submodule
+    container.train(original.training)
+    setattr(host.parent, host.attribute, container)
+    for name in host.forbidden:
+        vars(host.model)[name] = _Forbidden(_WALKS.format(name))
+    if cascade.pools_departed:
+        vars(host.model)[host.head] = _Forbidden(_POOLS.format(host.head))
+    for number, block in enumerate(host.blocks):
+        block.module.register_forward_pre_hook(_Guard(number))
+    return container
+
+
+def _same_kind(original: nn.Module) -> CascadeSequential | CascadeList:
+    """A container of the cascade with the same blocks under the same names (they are in the state_dict)."""
+    if isinstance(original, nn.Sequential):
+        return CascadeSequential(OrderedDict(original.named_children()))
+    return CascadeList(original.children())
+
+
+def uninstall(host: Host) -> None:
+    """Undo :func:`install`."""
+    container = getattr(host.parent, host.attribute)
+    setattr(host.parent, host.attribute, container.original[0])
+    for name in (*host.forbidden, host.head):
+        vars(host.model).pop(name, None)
+    for block in host.blocks:
+        hooks = block.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Guard)]:
+            del hooks[key]
+
+
+def installed(host: Host) -> CascadeContainer | None:
+    """The cascade of a pruned model, None if the model is untouched."""
+    container = getattr(host.parent, host.attribute)
+    return container if isinstance(container, CascadeContainer) else None
+
+
+_WALKS = (
+    "{} would run the blocks without pruning; call unprune_(model) first, or use forward_features of a model "
+    "pruned with dense_features=True"
+)
+
+
+_POOLS = (
+    "{} would pool the patches that have left together with the others, since the model was pruned with "
+    "dense_features=True; call forward_features, or prune it without dense_features to classify"
+)
+
+
+class _Forbidden:
+    """Stands in for a host method that would walk the blocks by itself, or pool patches that have left."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise PruningBypassError(self.reason)
+
+
+class _Guard:
+    """Forward pre-hook: a block called directly would run dense and nobody would notice."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, module: nn.Module, args: object) -> NoReturn:
+        raise PruningBypassError(
+            f"block {self.number} ({type(module).__name__}) of a pruned model was called directly and would run "
+            "without pruning; call the whole model, or unprune_(model) first; if the model's own gradient "
+            "checkpointing did it, switch that off and use prune_(..., checkpointing=True)"
+        )

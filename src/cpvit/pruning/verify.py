@@ -1,0 +1,160 @@
+"""Is the cascade right about this model? With everything kept it must reproduce the host's own output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpvit.adapters import Host
+from cpvit.core import BlockStep, CPViT
+from cpvit.pruning.cascade import Cascade, Watched, Watcher, watching
+from cpvit.pruning.install import install, uninstall
+from cpvit.pruning.opening import open_untouched
+
+SLACK = 128
+"""Rounding errors of one block, in units of the dtype's epsilon; they add up like a random walk over depth.
+Trained models with large activations need some dozens; a forgotten part of a block shows a thousand times more."""
+
+
+class VerificationError(RuntimeError):
+    """With everything kept the pruned model's output differs from the host's: cpvit does not know this model."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of :func:`verify`."""
+
+    model: str
+    family: str
+    error: float
+    """Largest difference of any output, relative to the largest output."""
+    tolerance: float
+    first_block: int | None
+    """First block whose output differs, None if none does."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    def summary(self) -> str:
+        """One line."""
+        if self.passed:
+            return f"{self.model}: keep-everything error {self.error:.1e} (tolerance {self.tolerance:.1e})"
+        place = "outside the blocks" if self.first_block is None else f"first in block {self.first_block}"
+        return (
+            f"{self.model}: with everything kept the output differs from the host's by {self.error:.1e} "
+            f"(tolerance {self.tolerance:.1e}), {place}"
+        )
+
+
+def verify(model: nn.Module, *, seed: int = 0) -> Verification:
+    """Compare an untouched model with its own cascade, everything kept, on one random image.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned at all.
+        ValueError: The model is pruned already.
+    """
+    return verify_host(open_untouched(model, "verify"), seed=seed)
+
+
+def verify_host(host: Host, *, seed: int = 0) -> Verification:
+    """:func:`verify` for a model that is opened already."""
+    image = _random_image(host, seed)
+    with host.in_eval_mode():
+        return _compare(host, image)
+
+
+def check(host: Host) -> None:
+    """Raise unless :func:`verify` passes.
+
+    Raises:
+        VerificationError: It does not; the message names the first block that differs.
+    """
+    result = verify_host(host)
+    if not result.passed:
+        raise VerificationError(result.summary() + "; this model is not pruned, please report it")
+
+
+def tolerance(dtype: torch.dtype, depth: int) -> float:
+    """Relative error that rounding alone explains."""
+    return float(torch.finfo(dtype).eps * SLACK * depth**0.5)
+
+
+@torch.inference_mode()
+def _compare(host: Host, image: Tensor) -> Verification:
+    expected = _output(host, image)
+    limit = tolerance(image.dtype, host.depth)
+    got, _ = _run_cascade(host, image)
+    error = relative_error(got, expected)
+    first = None if error <= limit else _first_difference(host, image, limit)
+    return Verification(host.name, host.family, error, limit, first)
+
+
+def _output(host: Host, image: Tensor) -> Tensor:
+    """Run the host, in the dtype of the image whatever its own is."""
+    tensors = chain(host.model.named_parameters(), host.model.named_buffers())
+    weights = {
+        name: tensor.detach().to(image.dtype) for name, tensor in tensors if tensor.is_floating_point()
+    }
+    return host.output(torch.func.functional_call(host.model, weights, (image,)))
+
+
+def _random_image(host: Host, seed: int) -> Tensor:
+    parameter = next(host.model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(1, *host.image_shape, generator=generator)
+    # Half precision rounds so coarsely that a forgotten LayerScale could hide in it: float32 tells.
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    return image.to(parameter.device, torch.float32 if half else parameter.dtype)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest value; infinite if shapes differ or a value is not finite."""
+    if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((got.double() - expected.double()).abs().max() / scale)
+
+
+def _run_cascade(host: Host, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Output and every block's tokens, with everything kept."""
+    tokens: list[Tensor] = []
+
+    def see(watched: Watched) -> None:
+        tokens.append(watched.tokens)
+
+    cascade = Cascade(host, CPViT(), _both_routes(host))
+    install(host, cascade)
+    try:
+        with watching(cascade, Watcher(see)):
+            return _output(host, image), tokens
+    finally:
+        uninstall(host)
+
+
+def _both_routes(host: Host) -> tuple[BlockStep, ...]:
+    """Keep everything, with the attention scored in every other block and fused in the rest."""
+    return tuple(BlockStep(host.num_patches, score=number % 2 == 0) for number in range(host.depth))
+
+
+def _first_difference(host: Host, image: Tensor, limit: float) -> int | None:
+    """First block whose tokens differ from what the host's own block gives."""
+    expected: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        expected.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.module.register_forward_hook(keep) for block in host.blocks]
+    try:
+        _output(host, image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _, got = _run_cascade(host, image)
+    pairs = zip(got, expected, strict=False)
+    return next((block for block, pair in enumerate(pairs) if relative_error(*pair) > limit), None)

@@ -1,0 +1,1 @@
+"""Run pruned models to find a plan: search, targets, speed-ups."""

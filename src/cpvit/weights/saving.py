@@ -1,0 +1,250 @@
+"""A pruned model in a folder: its weights, its plan, and how to build it. No pickle.
+
+model.safetensors   the weights as they are now; of cut heads nothing is left, so the file is smaller too
+plan.json           the plan in force, as ``Plan.load`` reads it
+model.json          how to build the model, where that can be found out, and the settings of the pruning
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cpvit.adapters import Host, open_host
+from cpvit.machine.files import replacing
+from cpvit.plans.plan import Plan
+from cpvit.pruning.install import installed
+from cpvit.pruning.opening import open_pruned, unprune_host
+from cpvit.pruning.prune import prune_host
+from cpvit.weights.spec import Recipe, RecipeError, build, find_recipe
+
+WEIGHTS, PLAN, MODEL = "model.safetensors", "plan.json", "model.json"
+FILES = (WEIGHTS, PLAN, MODEL)
+VERSION = 1
+"""Of the folder's layout."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What ``model.json`` says."""
+
+    recipe: Recipe | None
+    """How to build the model; None if that could not be found out."""
+    no_recipe: str = ""
+    """Why not."""
+    dtype: str = "float32"
+    """Of the model's first parameter: what it computes beside its weights (rotary tables) has it too."""
+    dense_features: bool = False
+    shared: dict[str, str] = field(default_factory=dict)
+    """Tensors that are one and the same: the name left out -> the name in the file."""
+    version: int = VERSION
+
+
+def save_pruned(
+    model: nn.Module, folder: str | Path, *, arguments: Mapping[str, object] | None = None
+) -> Path:
+    """Save a pruned model so that :func:`load_pruned` gives it back, bit for bit.
+
+    A folder that holds a saved model already is overwritten, once everything is written.
+
+    Args:
+        model: A pruned model.
+        folder: Where to; made if it is not there.
+        arguments: Keyword arguments the model was created with, for the few that cannot be read off it
+            (``qk_norm=True`` ...); what :func:`load_pruned` cannot build it asks for.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model is not pruned, or the path is a file.
+
+    Example:
+        >>> save_pruned(model, "deit_small_60")  # doctest: +SKIP
+    """
+    host, container = open_pruned(model)
+    assert container.plan is not None, "open_pruned has seen to it"
+    target = Path(folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; give the name of a folder to save the model in")
+    tensors, shared = _without_copies(model.state_dict())
+    saved = _describe(host, container.plan, arguments, container.cascade.dense_features, shared)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+        _write(Path(name), tensors, container.plan, saved)
+        for file in FILES:
+            (Path(name) / file).replace(target / file)
+    return target
+
+
+def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The pruned model that :func:`save_pruned` wrote, on the CPU, in eval mode.
+
+    Of heads that were cut the weights are not in the file: such a model cannot be unpruned.
+
+    Args:
+        folder: What :func:`save_pruned` was given.
+        model: An untouched model of the same architecture, changed in place; needed only where it could not
+            be found out how to build one.
+
+    Raises:
+        FileNotFoundError: The folder, or a file in it, is missing.
+        ValueError: The files are damaged, of a later version, not of one save, or do not fit the model.
+
+    Example:
+        >>> model = load_pruned("deit_small_60")  # doctest: +SKIP
+    """
+    source = Path(folder).expanduser()
+    _check_there(source)
+    saved = _read_saved(source / MODEL)
+    plan = Plan.load(source / PLAN)
+    tensors = _read_weights(source / WEIGHTS, source / PLAN)
+    tensors |= {name: tensors[kept] for name, kept in saved.shared.items()}
+    network = _build(saved, source) if model is None else model
+    # The corrected projections are in the file: here heads are cut only to make room for them.
+    host = open_host(network)
+    prune_host(host, plan.uncorrected, dense_features=saved.dense_features)
+    try:
+        _check_fit(network, tensors, source)
+    except ValueError:
+        unprune_host(host)
+        raise
+    _fill(host, tensors, saved, plan)
+    return network
+
+
+def _without_copies(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, each once; and for those that are another one, which."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, tensor in state.items():
+        memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        kept = first.setdefault(memory, name) if tensor.numel() else name
+        if kept != name:
+            shared[name] = kept
+        else:
+            # Tensors that overlap in part would be refused, and views would drag all of their memory along.
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, shared
+
+
+def _describe(
+    host: Host,
+    plan: Plan,
+    arguments: Mapping[str, object] | None,
+    dense_features: bool,
+    shared: dict[str, str],
+) -> SavedModel:
+    dtype = str(host.dtype).removeprefix("torch.")
+    try:
+        recipe, reason = find_recipe(host, plan, arguments), ""
+    except RecipeError as error:
+        recipe, reason = None, str(error)
+    return SavedModel(recipe, reason, dtype, dense_features, shared)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], plan: Plan, saved: SavedModel) -> None:
+    plan.save(folder / PLAN)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "plan": _digest(folder / PLAN)})
+    (folder / MODEL).write_text(json.dumps(dataclasses.asdict(saved), indent=2) + "\n")
+
+
+def _digest(file: Path) -> str:
+    """Says whether weights and plan belong together; line ends and indentation do not count."""
+    return hashlib.sha256(json.dumps(json.loads(file.read_text())).encode()).hexdigest()
+
+
+def _check_there(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give the one that save_pruned wrote")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}; give a folder that save_pruned wrote"
+        )
+
+
+def _read_saved(file: Path) -> SavedModel:
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); save the model again") from None
+    if not isinstance(values, dict) or not isinstance(values.get("version"), int):
+        raise ValueError(f"{file} does not say how it was saved (no version); save the model again")
+    if values["version"] > VERSION:
+        raise ValueError(
+            f"{file} has version {values['version']}, newer than this cpvit reads ({VERSION}); upgrade cpvit"
+        )
+    try:
+        recipe = None if values["recipe"] is None else Recipe(**values["recipe"])
+        return SavedModel(**{**values, "recipe": recipe})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not what save_pruned wrote ({error}); save the model again") from None
+
+
+def _read_weights(file: Path, plan: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 -- not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); save the model again") from None
+    if metadata.get("plan") != _digest(plan):
+        raise ValueError(
+            f"{file} was not saved with the {PLAN} beside it (edited, or of another save); save the model "
+            "again, or load it and call prune_ for another plan"
+        )
+    return tensors
+
+
+def _build(saved: SavedModel, folder: Path) -> nn.Module:
+    if saved.recipe is None:
+        raise ValueError(
+            f"{folder} does not say how to build its model ({saved.no_recipe}); build it, untouched, and give "
+            "it: load_pruned(folder, model=...)"
+        )
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn only to be overwritten
+        return build(saved.recipe)
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ValueError unless every tensor has its place."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in (*own, *given) if own.get(name) != given.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"the weights in {folder} do not fit this {type(model).__name__}: {name} is "
+            f"{given.get(name, 'missing')} in the file and {own.get(name, 'missing')} in the model "
+            f"({len(set(wrong))} differ); give a model created as the saved one was"
+        )
+
+
+def _fill(host: Host, tensors: Mapping[str, Tensor], saved: SavedModel, plan: Plan) -> None:
+    """Write the weights, in their own dtypes, into a pruned model."""
+    model = host.model
+    model.to(getattr(torch, saved.dtype))
+    state: Any = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        state[name].data = state[name].data.to(tensor.dtype)
+    model.load_state_dict(dict(tensors), strict=True)
+    container = installed(host)
+    assert container is not None, "prune_host has just installed it"
+    container.plan = plan
+    if container.cut_heads:
+        # What was cut here were heads of the fresh model; the saved one's are nowhere.
+        container.cut_heads, container.heads_lost = (), True

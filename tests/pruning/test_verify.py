@@ -1,0 +1,105 @@
+"""A model that cpvit gets wrong must be found out, and the first block that differs named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_images, tiny_vit
+from torch import Tensor, nn
+
+from cpvit import VerificationError, plan_of, prune_, verify
+from cpvit.adapters.timm_vit import TimmBlock
+from cpvit.pruning.verify import relative_error, tolerance
+
+
+@pytest.fixture(params=[0, 1, 2])
+def broken(request: pytest.FixtureRequest, model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of a block of ``model`` whose view gets its MLP slightly wrong."""
+    right = TimmBlock.mlp_residual
+    target = model.blocks[request.param]
+
+    def wrong(self: TimmBlock, x: Tensor) -> Tensor:
+        return right(self, x) + (1e-6 * torch.arange(x.shape[-1]) if self.module is target else 0)
+
+    monkeypatch.setattr(TimmBlock, "mlp_residual", wrong)
+    return request.param
+
+
+def test_a_model_that_is_known_passes(any_model: Any) -> None:
+    result = verify(any_model)
+    assert result.passed
+    assert result.first_block is None
+    assert result.error <= result.tolerance
+    assert result.summary().startswith(f"{result.model}: keep-everything error ")
+
+
+def test_the_first_block_that_differs_is_named(model: Any, broken: int) -> None:
+    result = verify(model)
+    assert not result.passed
+    assert result.first_block == broken
+    assert f"first in block {broken}" in result.summary()
+
+
+def test_a_model_that_differs_is_not_pruned(model: Any, broken: int) -> None:
+    with pytest.raises(
+        VerificationError, match=rf"first in block {broken}; this model is not pruned, please report it"
+    ):
+        prune_(model)
+    assert plan_of(model) is None
+    assert type(model.blocks) is nn.Sequential
+
+
+@pytest.mark.usefixtures("broken")
+def test_the_check_can_be_left_out(model: Any) -> None:
+    prune_(model, verify=False)
+    assert plan_of(model) is not None
+
+
+def test_a_difference_outside_the_blocks_is_called_that(model: Any) -> None:
+    class Fickle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    model.head = Fickle()
+    assert "outside the blocks" in verify(model).summary()
+
+
+def test_tokens_of_the_wrong_shape_differ() -> None:
+    assert relative_error(torch.zeros(1, 2), torch.zeros(1, 3)) == float("inf")
+
+
+def test_values_that_are_not_finite_differ() -> None:
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 1.0])) == float("inf")
+
+
+def test_the_error_is_relative_to_the_largest_value() -> None:
+    assert relative_error(torch.tensor([10.0, 1.0]), torch.tensor([10.0, 2.0])) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_is_forgiven_in_every_dtype_and_no_more(dtype: torch.dtype) -> None:
+    result = verify(tiny_vit("registers").to(dtype))
+    checked = torch.float64 if dtype == torch.float64 else torch.float32
+    assert result.passed
+    assert result.tolerance == tolerance(checked, 3) < 1e-4, "half precision is checked in float32"
+    assert result.error > 0, "the scored route rounds differently from the host's fused attention"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_verifying_leaves_the_model_as_it_was(training: bool) -> None:
+    model = tiny_vit().train(training)
+    verify(model)
+    assert model.training == training
+    assert not model.blocks[0]._forward_hooks
+    assert not model.blocks[0]._forward_pre_hooks
+    model(random_images(1))
+
+
+def test_a_pruned_model_is_refused(model: Any) -> None:
+    prune_(model)
+    with pytest.raises(
+        ValueError, match=r"is pruned already; verify the untouched model: call unprune_\(model\)"
+    ):
+        verify(model)
