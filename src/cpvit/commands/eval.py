@@ -32,7 +32,7 @@ def run(
     """Evaluate a model dense and pruned on the same labelled images.
 
     Args:
-        plan: A plan written by ``cpvit plan``, instead of a method and a dial.
+        plan: A plan written by ``cpvit plan``, instead of a method and a budget.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)

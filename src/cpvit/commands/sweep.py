@@ -49,7 +49,7 @@ def run(
         methods: Names, separated by commas.
         macs: Fractions of the dense MACs, separated by commas.
         searched: Methods whose schedule is searched for on the calibration images, separated by commas.
-        trials: Schedules to judge in each search.
+        trials: Schedules to evaluate in each search.
         plans: Files written by ``cpvit plan``, separated by commas: rows and a line of their own.
         plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
         json: Write the record behind what is printed to this file.

@@ -58,7 +58,7 @@ def best_align(
 ) -> int:
     """What ``align="auto"`` stands for: the multiple whose plan is predicted to be fastest on this machine.
 
-    A block of the model is timed once at aligned and unaligned numbers of tokens (and remembered, see
+    A block of the model is timed once at aligned and unaligned numbers of tokens (and cached, see
     :mod:`cpvit.machine.time_model`), from which the time of every candidate's plan is predicted. A coarser
     multiple must be worth it. Nothing is measured where nothing is pruned or the counts are given.
 

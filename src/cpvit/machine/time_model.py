@@ -56,7 +56,7 @@ def predict_seconds(bench: BlockProfiler, schedules: Sequence[Counts]) -> list[f
     seconds = bench.seconds([full, at, removal, *plain.values()])
     extra = max(0.0, seconds[removal] - seconds[at])
 
-    def price(counts: Counts, sample: Sequence[int]) -> float:
+    def predicted(counts: Counts, sample: Sequence[int]) -> float:
         points = (*((count, seconds[plain[count]]) for count in sample), (total, seconds[full]))
         before = (total, *counts[:-1])
         spent = sum(
@@ -65,7 +65,7 @@ def predict_seconds(bench: BlockProfiler, schedules: Sequence[Counts]) -> list[f
         )
         return spent + extra * sum(new < old for old, new in zip(before, counts, strict=True))
 
-    return [price(*pair) for pair in zip(schedules, samples, strict=True)]
+    return [predicted(*pair) for pair in zip(schedules, samples, strict=True)]
 
 
 def _sample(values: Sequence[int], most: int) -> list[int]:

@@ -8,23 +8,17 @@ from typing import TypeAlias
 
 import torch
 
+from cpvit.machine.device import synchronize
+
 Run: TypeAlias = Callable[[], object]
-
-
 Timer: TypeAlias = Callable[[Sequence[Run], torch.device], list[float]]
 """Seconds of each run."""
-
-
 OnMessage: TypeAlias = Callable[[str], None]
-
+"""Told in a sentence what is done next."""
 
 MIN_ROUNDS = 7
-
-
 BLOCK_ROUNDS = 6
-
-
-CUDA_REPEATS = 8
+ACCELERATOR_REPEATS = 8
 """Calls timed at once on a GPU, which runs behind its host: alone each would also show the wait for it."""
 
 
@@ -55,20 +49,15 @@ def interleave(
 @torch.inference_mode()
 def least_seconds(runs: Sequence[Run], device: torch.device) -> list[float]:
     """Seconds of each run in the least disturbed of a few rounds; for pieces too short to show a spread."""
-    repeats = CUDA_REPEATS if device.type == "cuda" else 1
+    repeats = 1 if device.type == "cpu" else ACCELERATOR_REPEATS
     rounds = [[_timed(run, device, repeats) for run in runs] for _ in range(BLOCK_ROUNDS + 1)]
     return [min(times) / repeats for times in zip(*rounds[1:], strict=True)]
 
 
 def _timed(run: Run, device: torch.device, repeats: int = 1) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         run()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -54,7 +54,7 @@ class TimingCache:
         return [name for name in names if name not in self.known]
 
     def measure(self, runs: Mapping[str, Run], reference: Run) -> None:
-        """Time the runs by turns and remember."""
+        """Time the runs in turn and write the times down."""
         first, *seconds = self.timer([reference, *runs.values()], self.device)
         scale = self.known.setdefault("reference", first) / first
         self.known.update({name: value * scale for name, value in zip(runs, seconds, strict=True)})

@@ -17,7 +17,7 @@ class Predictions:
     """[B]."""
 
     def top(self, k: int) -> float:
-        """Percent of images whose label is among the k likeliest classes."""
+        """Percent of images whose label is among the k most probable classes."""
         if self.labels is None:
             raise ValueError("accuracy needs labels; these images have none")
         k = min(k, self.log_probs.shape[1])
@@ -26,7 +26,7 @@ class Predictions:
 
 
 def agreement(dense: Predictions, pruned: Predictions) -> float:
-    """Share of the images with the same likeliest class."""
+    """Share of the images with the same most probable class."""
     same = dense.log_probs.argmax(dim=1) == pruned.log_probs.argmax(dim=1)
     return same.double().mean().item()
 

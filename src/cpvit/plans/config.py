@@ -24,12 +24,12 @@ DEFAULT_KEEP_RATE = 0.5
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How a model shall be pruned. Give at most one dial: ``keep_rate``, ``macs`` or ``keep_per_block``."""
+    """How a model shall be pruned. Give at most one budget: ``keep_rate``, ``macs`` or ``keep_per_block``."""
 
     method: str = "cpvit"
     """How patches are scored and what happens to those that go."""
     keep_rate: float | None = None
-    """Fraction of the patches left at the end (0.5 if no dial is given)."""
+    """Fraction of the patches left at the end (0.5 if no budget is given)."""
     macs: float | None = None
     """Fraction of the dense multiply-accumulates to spend."""
     keep_per_block: tuple[int, ...] | tuple[float, ...] | None = None
@@ -49,9 +49,9 @@ class PruneConfig:
     left and the hardware likes them; "auto" measures which number is fastest on this machine for this model."""
 
     def __post_init__(self) -> None:
-        dials = [name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None]
-        if len(dials) > 1:
-            raise ValueError(f"give one of keep_rate, macs and keep_per_block, not {' and '.join(dials)}")
+        budgets = [name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"give one of keep_rate, macs and keep_per_block, not {' and '.join(budgets)}")
         for name in ("keep_rate", "macs", "head_keep_rate"):
             _check_fraction(name, getattr(self, name))
         _check_choice("head_mode", self.head_mode, HeadMode)

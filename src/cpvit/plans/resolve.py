@@ -51,7 +51,7 @@ def make_plan(host: Host, config: PruneConfig, calibration: Calibration | None =
         head_correction=config.head_correction and heads is not None,
         mask_heads=masks,
         schedule=name if config.keep_per_block is None else "explicit",
-        dial=_dial(config),
+        dial=_budget_text(config),
         macs_ratio=round(costs.total(patches) / dense.dense, 6),
         calibration_images=calibration.images if calibration else 0,
         align=_multiple(config),
@@ -165,7 +165,7 @@ def _heads(
     return choose_heads(calibration.head_scores, keep), None
 
 
-def _dial(config: PruneConfig) -> str:
+def _budget_text(config: PruneConfig) -> str:
     parts = [
         f"{name}={getattr(config, name)}"
         for name in ("keep_rate", "macs")

@@ -82,7 +82,7 @@ class SlicedHeads:
             self._correct(projection_of(block), keep, outputs)
         for target in targets:
             original = getattr(target.owner, target.name)
-            self._remember(target, original)
+            self._keep_original(target, original)
             _replace(target, _cut(original, target, keep, self.num_heads))
         block.set_num_heads(len(keep))
 
@@ -100,10 +100,10 @@ class SlicedHeads:
             self._swap(HeadParameter(projection, "bias", 0, 1, width), bias, moved)
 
     def _swap(self, target: HeadParameter, original: Tensor, tensor: Tensor) -> None:
-        self._remember(target, original)
+        self._keep_original(target, original)
         _replace(target, nn.Parameter(tensor, original.requires_grad))
 
-    def _remember(self, target: HeadParameter, original: Tensor) -> None:
+    def _keep_original(self, target: HeadParameter, original: Tensor) -> None:
         """The first value of a parameter is the original; a correction and a cut may both change it."""
         known = any(past.owner is target.owner and past.name == target.name for past, _ in self.originals)
         if not known:

@@ -144,7 +144,7 @@ def _multiple(host: Host, options: TuneOptions, timing: SpeedupOptions, on_messa
 
 
 class _Record:
-    """Measures plans and remembers the fastest."""
+    """Measures plans and keeps the fastest."""
 
     def __init__(self, measure: Measure, wanted: float, on_message: OnMessage) -> None:
         self._measure = measure
