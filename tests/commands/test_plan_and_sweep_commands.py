@@ -16,7 +16,7 @@ from cpvit.commands.cli import main
 from cpvit.machine.environment import describe_environment
 from cpvit.measure.timings import Speedup
 from cpvit.plans.plan import Plan
-from cpvit.tuning.speedup import SpeedTuned
+from cpvit.tuning.speedup import SpeedTuned, SpeedupOptions
 from cpvit.tuning.target import Target
 from cpvit.tuning.tune import TuneOptions, tune
 
@@ -34,7 +34,7 @@ def test_a_plan_is_made_and_then_applied(common: list[str], tmp_path: Path, caps
     out, record = tmp_path / "plan.json", tmp_path / "record.json"
     made = ["plan", *common, "--limit", "6", "--macs", "0.6", "--trials", "6", "--out", str(out)]
     assert main([*made, "--align", "none"]) == 0
-    assert "6 schedules judged" in capsys.readouterr().out
+    assert "6 schedules evaluated" in capsys.readouterr().out
     plan = Plan.load(out)
     assert (plan.method, plan.schedule, plan.calibration_images) == ("cpvit-merge", "search", 6)
     assert main(["eval", *common, "--leave-out", "6", "--plan", str(out), "--json", str(record)]) == 0
@@ -139,11 +139,13 @@ def test_a_plan_for_a_speed_up_is_measured_and_written(
     monkeypatch.setattr("cpvit.machine.timer.least_seconds", lambda runs, device: [1.0] * len(runs))
     asked: list[float] = []
 
-    def found(model: Any, images: Any, speedup: float, **options: Any) -> SpeedTuned:
-        asked.extend([speedup, options["batch_size"]])
+    def found(
+        model: Any, images: Any, speedup: float, options: TuneOptions, timing: SpeedupOptions, **told: Any
+    ) -> SpeedTuned:
+        asked.extend([speedup, timing.batch_size])
         tuned = tune(model, images, Target(macs=0.6), TuneOptions(trials=1))
         here = describe_environment(images.device, images.dtype, 0)
-        return SpeedTuned(tuned, Speedup(1.52, 1.5, 1.55), speedup, options["batch_size"], 1, here)
+        return SpeedTuned(tuned, Speedup(1.52, 1.5, 1.55), speedup, timing.batch_size, 1, here)
 
     monkeypatch.setattr("cpvit.commands.plan.tune_speedup", found)
     out, record = tmp_path / "plan.json", tmp_path / "record.json"

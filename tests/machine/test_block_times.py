@@ -141,7 +141,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("cpvit.machine.time_model.write_atomically", fail)
+    monkeypatch.setattr("cpvit.machine.timing_cache.write_atomically", fail)
     bench = BlockProfiler(open_host(tiny_vit()), method_named("cpvit"), 2, timer=Clock())
     with pytest.raises(
         TimesError, match=r"\(Permission denied\); set XDG_CACHE_HOME to a folder .* --align none"
@@ -162,7 +162,7 @@ def test_the_least_disturbed_round_counts(monkeypatch: pytest.MonkeyPatch) -> No
     def work() -> None:
         now[0] += next(disturbances)
 
-    monkeypatch.setattr("cpvit.machine.time_model.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("cpvit.machine.timer.time.perf_counter", lambda: now[0])
     assert least_seconds([work], CPU) == [2.0]
 
 
@@ -193,7 +193,7 @@ def test_auto_aligns_where_that_is_worth_it(
     waste: float, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Priced, "waste", waste)
-    monkeypatch.setattr("cpvit.plans.resolve.BlockProfiler", Priced)
+    monkeypatch.setattr("cpvit.machine.align.BlockProfiler", Priced)
     monkeypatch.setattr("cpvit.machine.align.ALIGN_CANDIDATES", (4, 8))
     assert best_align(square(), PruneConfig(macs=0.6, align="auto")) == multiple
 
@@ -202,11 +202,11 @@ def test_auto_aligns_where_that_is_worth_it(
 def test_auto_measures_nothing_where_there_is_nothing_to_choose(
     config: PruneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpvit.plans.resolve.BlockProfiler", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("cpvit.machine.align.BlockProfiler", lambda *_, **__: pytest.fail("measured"))
     assert best_align(open_host(tiny_vit()), config) == 1
 
 
 def test_auto_says_that_a_budget_is_out_of_reach_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpvit.plans.resolve.BlockProfiler", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("cpvit.machine.align.BlockProfiler", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(BudgetError, match=r"macs=0.01 cannot be met"):
         best_align(square(), PruneConfig(macs=0.01))

@@ -45,7 +45,7 @@ def test_each_time_belongs_to_its_own_run(monkeypatch: pytest.MonkeyPatch) -> No
     def wait(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr("cpvit.machine.time_model.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("cpvit.machine.timer.time.perf_counter", lambda: clock[0])
     slow, fast = interleave([lambda: wait(3), lambda: wait(1)], CPU, seconds=36)
     assert slow == [3.0] * 9
     assert fast == [1.0] * 9

@@ -237,7 +237,7 @@ def test_nothing_is_aligned_unless_asked_for() -> None:
 
 def test_auto_is_resolved_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "cpvit.plans.resolve.predict_seconds",
+        "cpvit.machine.align.predict_seconds",
         lambda bench, schedules: [3.0, 2.0, 1.99, 2.0][: len(schedules)],
     )
     assert plan_for(macs=0.7, align="auto") == plan_for(macs=0.7, align=4), (

@@ -41,9 +41,9 @@ def test_every_candidate_meets_the_budget(method: str) -> None:
 
 def test_it_improves_on_where_it_began_and_says_by_how_much() -> None:
     found = search(budget(), late, starts=[linear_ramp(6)], trials=80, seed=0)
-    assert found.damage < late(found.start)
-    assert found.damage == late(found.patches)
-    assert found.judged <= 80
+    assert found.objective < late(found.start)
+    assert found.objective == late(found.patches)
+    assert found.evaluations <= 80
 
 
 def test_the_seed_decides() -> None:

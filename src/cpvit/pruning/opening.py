@@ -44,7 +44,7 @@ def open_pruned(model: nn.Module) -> tuple[Host, CascadeContainer]:
     """
     host = open_host(model)
     container = installed(host)
-    if container is None or container.plan is None:
+    if container is None:
         raise ValueError(f"{host.name} is not pruned; call prune_(model) first")
     return host, container
 

@@ -74,7 +74,7 @@ def save_pruned(
         >>> save_pruned(model, "deit_small_60")  # doctest: +SKIP
     """
     host, container = open_pruned(model)
-    assert container.plan is not None, "open_pruned has seen to it"
+    assert container.plan is not None, "prune_ leaves a plan with the cascade"
     target = Path(folder).expanduser()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; give the name of a folder to save the model in")
