@@ -179,3 +179,31 @@ def test_no_number_of_tokens_lets_the_padding_count(tokens: int, dtype: torch.dt
 
 def test_the_output_joins_its_heads_without_a_copy() -> None:
     assert attend(inputs(), evidence="max").out.transpose(1, 2).is_contiguous()
+
+
+def test_a_bias_that_autograd_follows_gets_its_gradient() -> None:
+    """A learned relative position bias may be all that is trained."""
+    given = inputs(bias=True)
+    given = given._replace(bias=given.bias.clone().requires_grad_())
+    attended = attend(given, evidence="max")
+    attended.out.sum().backward()
+    assert given.bias.grad is not None
+
+
+def test_the_workspace_is_left_alone_where_operations_are_recast_traced_or_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = inputs()
+    assert attention._can_use_workspace(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not attention._can_use_workspace(given)
+    assert not attention._can_use_workspace(given._replace(dropout=0.1))
+
+    def flag(query: Tensor) -> Tensor:
+        return query.new_full((), float(attention._can_use_workspace(given._replace(query=query))))
+
+    with torch.inference_mode():
+        assert flag(given.query) == 1
+        assert torch.compile(flag, backend="eager")(given.query) == 0
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert not attention._can_use_workspace(given)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,3 +191,19 @@ def test_shapes_without_data_are_counted_by_torchs_operations() -> None:
     meta = AttentionInputs(*(each.to("meta") if isinstance(each, Tensor) else each for each in given))
     got = kernels.scored_attention(meta)
     assert (got.out.shape, got.evidence.shape) == ((2, 3, 9, 16), (2, 3, 9))
+
+
+def test_the_kernel_takes_the_largest_head_dimension_it_names() -> None:
+    kernels = pytest.importorskip("cpvit.kernels.triton_attention", exc_type=ImportError)
+    kernels.check(draw(3, 128, "none"))
+
+
+def test_the_kernel_refuses_tensors_that_require_grad() -> None:
+    """Without a CUDA device, the device is pretended: the refusal comes before anything is launched."""
+    kernels = pytest.importorskip("cpvit.kernels.triton_attention", exc_type=ImportError)
+    pretended: Any = SimpleNamespace(device=torch.device("cuda"), requires_grad=True)
+    given = AttentionInputs(pretended, pretended, pretended, 1.0)
+    with pytest.raises(
+        RuntimeError, match=r"attention_kernel='triton' has no backward pass; run the model inside"
+    ):
+        kernels.scored_attention(given)

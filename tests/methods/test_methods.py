@@ -17,6 +17,7 @@ from cpvit.core import BlockStep, TokenState
 from cpvit.methods import METHODS, method_named
 from cpvit.methods.cpvit_merge import FLOOR
 from cpvit.methods.merging import merge
+from cpvit.methods.removal import scramble
 from cpvit.methods.tome import bipartite
 from cpvit.plans.macs import count_macs
 
@@ -260,3 +261,26 @@ def test_sources_and_destinations_alternate_with_the_prefix_counted(prefix: int,
     one, other = bipartite(torch.arange(7)[None], prefix)
     assert one[0].tolist() == list(range(first, 7, 2))
     assert sorted([*one[0].tolist(), *other[0].tolist()]) == list(range(7))
+
+
+@pytest.mark.parametrize("name", ["topk", "evit-no-fuse", "evit"])
+def test_a_baseline_scores_by_the_attention_of_the_current_block_alone(name: str) -> None:
+    _, _, state = random_block(2)
+    evidence = torch.tensor([[[9.0, 0.1, 0.2], [9.0, 0.3, 0.6]]], dtype=torch.float64)
+    score = METHODS[name].observe(state, evidence, 1).score
+    torch.testing.assert_close(score, torch.tensor([[0.4, 0.8]], dtype=torch.float64))
+
+
+def test_importance_of_cpvit_merge_has_mean_one_in_every_block() -> None:
+    _, _, state = random_block(2)
+    evidence = torch.tensor([[[9.0, 0.1, 0.2], [9.0, 0.3, 0.6]]], dtype=torch.float64)
+    score = METHODS["cpvit-merge"].observe(state, evidence, 1).score
+    torch.testing.assert_close(score, torch.tensor([[2 / 3, 4 / 3]], dtype=torch.float64))
+
+
+def test_a_random_order_differs_by_its_seed_and_not_by_the_image() -> None:
+    positions = torch.arange(50).expand(2, 50)
+    first, second = scramble(positions, 0), scramble(positions, 1)
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first.argsort(dim=1), second.argsort(dim=1))
+    assert ((first >= 0) & (first < 1)).all()
