@@ -26,7 +26,7 @@ EVIDENCE = torch.tensor([[[0.5, 0.1, 0.2], [0.3, 0.4, 0.6]]])
 
 
 def rows(*values: float) -> torch.Tensor:
-    """Tokens of two channels, told apart by their first: [1 N 2]."""
+    """Tokens of two channels, distinguished by their first: [1 N 2]."""
     return torch.tensor([[[value, -value] for value in values]])
 
 
