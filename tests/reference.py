@@ -1,4 +1,4 @@
-"""Two slow, literal implementations to hold the library against. They import nothing from it.
+"""Three slow, literal implementations to compare the library with. They import nothing from it.
 
 ``paper_oracle`` is the paper's method, one image, one head, one token at a time, over a timm
 VisionTransformer's own submodules. It never removes a token: a pruned patch stays where it is, its key
@@ -16,9 +16,12 @@ is silent:
 - Heads given by index, the same for every image, are absent from their block: no output, no evidence.
 - The classifier head pools the survivors only.
 
+``merge_oracle`` is ``cpvit-merge`` as docs/algorithm.md describes it, one image and one token at a time.
+
 ``released_oracle`` is what the authors' released code does (see its docstring).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +152,176 @@ def _mix(attn: Any, tokens: torch.Tensor, attention: torch.Tensor, heads: list[i
         attention[h] @ value[h] if h in heads else torch.zeros_like(value[h]) for h in range(attn.num_heads)
     ]
     return attn.proj(attn.norm(torch.cat(outputs, dim=-1)))
+
+
+@dataclass
+class MergeOutput:
+    logits: torch.Tensor  # [B, classes]
+    tokens: list[torch.Tensor]  # per block [B, prefix + keep[l], dim], after its MLP
+    sizes: list[torch.Tensor]  # per block [B, keep[l]], patches in each token
+    carriers: list[torch.Tensor]  # per block [B, patches], index of the token that each patch is in
+    positions: list[torch.Tensor]  # per block [B, keep[l]], patch index of each token
+
+
+@dataclass
+class MergeToken:
+    value: torch.Tensor  # [dim]
+    position: int
+    patches: list[int]  # every patch in it, its own position among them
+
+    @property
+    def size(self) -> int:
+        return len(self.patches)
+
+
+MERGE_FLOOR = 0.1
+
+
+@torch.no_grad()
+def merge_oracle(
+    model: Any, images: torch.Tensor, keep: Sequence[int], *, pools_patches: bool
+) -> MergeOutput:
+    """Run ``cpvit-merge`` on a float64 model: ``keep[l]`` patch tokens leave block l.
+
+    ``pools_patches`` says whether the head reads patch tokens: it then gets each one once per patch in it.
+    """
+    per_image = [_merge_one_image(model, image[None], keep, pools_patches) for image in images]
+
+    def stacked(field: str) -> list[torch.Tensor]:
+        return [torch.stack([out[field][block] for out in per_image]) for block in range(len(keep))]
+
+    return MergeOutput(
+        logits=torch.cat([out["logits"] for out in per_image]),
+        tokens=stacked("tokens"),
+        sizes=stacked("sizes"),
+        carriers=stacked("carriers"),
+        positions=stacked("positions"),
+    )
+
+
+def _merge_one_image(
+    model: Any, image: torch.Tensor, keep: Sequence[int], pools_patches: bool
+) -> dict[str, Any]:
+    embedded = embed(model, image)[0]  # [tokens, dim]
+    count = model.num_prefix_tokens
+    prefix = [embedded[place] for place in range(count)]
+    patches = [
+        MergeToken(embedded[count + number], number, [number]) for number in range(embedded.shape[0] - count)
+    ]
+    number_of_patches = len(patches)
+    record: dict[str, Any] = {"tokens": [], "sizes": [], "carriers": [], "positions": []}
+
+    for block, left in zip(model.blocks, keep, strict=True):
+        x = torch.stack(prefix + [token.value for token in patches])
+        attended = block.norm1(x)
+        attention = _proportional_attention(block.attn, attended, [1] * count + [t.size for t in patches])
+        x = x + block.ls1(_mix(block.attn, attended, attention, list(range(block.attn.num_heads))))
+        prefix = [x[place] for place in range(count)]
+        patches = [
+            MergeToken(x[count + number], token.position, token.patches)
+            for number, token in enumerate(patches)
+        ]
+        if left < len(patches):
+            patches = _merge_to(patches, _importance(attention, count), left, count)
+
+        x = torch.stack(prefix + [token.value for token in patches])
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        prefix = [x[place] for place in range(count)]
+        patches = [
+            MergeToken(x[count + number], token.position, token.patches)
+            for number, token in enumerate(patches)
+        ]
+        record["tokens"].append(x)
+        record["sizes"].append(torch.tensor([token.size for token in patches], dtype=x.dtype))
+        record["carriers"].append(
+            torch.tensor([_holder(patches, number) for number in range(number_of_patches)])
+        )
+        record["positions"].append(torch.tensor([token.position for token in patches]))
+
+    if pools_patches:
+        everywhere = [patches[_holder(patches, number)].value for number in range(number_of_patches)]
+        x = torch.stack(prefix + everywhere)
+    record["logits"] = model.forward_head(model.norm(x)[None])
+    return record
+
+
+def _holder(tokens: list[MergeToken], patch: int) -> int:
+    """The only token that a patch is in."""
+    (holder,) = [place for place, token in enumerate(tokens) if patch in token.patches]
+    return holder
+
+
+def _proportional_attention(attn: Any, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """[heads, tokens, tokens]: a token of size s attracts as much attention as s copies of it."""
+    q, k, _ = _split(attn, tokens)
+    heads = []
+    for head in range(attn.num_heads):
+        weights = torch.exp(q[head] @ k[head].T * attn.scale)
+        for key, size in enumerate(sizes):
+            weights[:, key] = weights[:, key] * size
+        heads.append(weights / weights.sum(dim=1, keepdim=True))
+    return torch.stack(heads)
+
+
+def _importance(attention: torch.Tensor, prefix: int) -> list[float]:
+    """Attention of the class token (of the mean query without one) to each patch, over its mean over the patches."""
+    rows = attention.tolist()
+    count = attention.shape[1]
+    queries = [0] if prefix else list(range(count))
+    received = [
+        sum(rows[head][query][key] for head in range(len(rows)) for query in queries) / len(queries)
+        for key in range(prefix, count)
+    ]
+    mean = sum(received) / len(received)
+    return [value / mean for value in received]
+
+
+def _merge_to(tokens: list[MergeToken], importance: list[float], left: int, prefix: int) -> list[MergeToken]:
+    """Merge the patch tokens of one image until ``left`` are left."""
+    removed = len(tokens) - left
+    places = list(range(len(tokens)))
+    if removed > len(tokens) // 2:
+        ranked = sorted(places, key=lambda place: importance[place], reverse=True)
+        destinations, merged = sorted(ranked[:left]), ranked[left:]
+        partner = {source: _most_similar(tokens, source, destinations) for source in merged}
+        return [_united(tokens, place, partner) for place in destinations]
+
+    sources = [place for place in places if (prefix + place) % 2 == 0]
+    destinations = [place for place in places if (prefix + place) % 2 == 1]
+    partner = {source: _most_similar(tokens, source, destinations) for source in sources}
+    cost = {source: _cost(tokens, importance, source, partner[source]) for source in sources}
+    merged = sorted(sources, key=lambda source: cost[source])[:removed]
+    partner = {source: partner[source] for source in merged}
+    unmerged = [source for source in sources if source not in merged]
+    return [tokens[place] for place in unmerged] + [_united(tokens, place, partner) for place in destinations]
+
+
+def _most_similar(tokens: list[MergeToken], source: int, destinations: list[int]) -> int:
+    return max(destinations, key=lambda place: _cosine(tokens[source].value, tokens[place].value))
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
+
+
+def _cost(tokens: list[MergeToken], importance: list[float], i: int, j: int) -> float:
+    size_i, size_j = tokens[i].size, tokens[j].size
+    ward = size_i * size_j / (size_i + size_j)
+    distance = 1 - _cosine(tokens[i].value, tokens[j].value)
+    return ward * distance * (importance[i] / size_i + importance[j] / size_j + MERGE_FLOOR)
+
+
+def _united(tokens: list[MergeToken], destination: int, partner: dict[int, int]) -> MergeToken:
+    """The destination and its sources as one token; the destination itself if it has none."""
+    group = [tokens[destination]] + [
+        tokens[source] for source, into in partner.items() if into == destination
+    ]
+    if len(group) == 1:
+        return group[0]
+    patches = [patch for token in group for patch in token.patches]
+    mean = sum(token.size * token.value for token in group) / len(patches)
+    longest = max(float(token.value.norm()) for token in group)
+    return MergeToken(mean * (longest / float(mean.norm())), tokens[destination].position, patches)
 
 
 @dataclass

@@ -36,7 +36,7 @@ def test_every_route_gives_the_same_output(bias: bool) -> None:
     expected = matrix(given) @ given.value
     for options in (
         {},
-        {"watch": True},
+        {"return_probs": True},
         {"evidence": "max"},
         {"evidence": "class"},
         {"evidence": "class", "num_prefix": 0},
@@ -50,10 +50,10 @@ def test_max_evidence_is_the_strongest_attention_any_query_pays(bias: bool) -> N
     torch.testing.assert_close(attend(given, evidence="max").evidence, matrix(given).amax(2), **EXACT)
 
 
-@pytest.mark.parametrize("watch", [False, True])
-def test_class_evidence_is_the_class_tokens_row(watch: bool) -> None:
+@pytest.mark.parametrize("return_probs", [False, True])
+def test_class_evidence_is_the_class_tokens_row(return_probs: bool) -> None:
     given = inputs(bias=True)
-    got = attend(given, evidence="class", num_prefix=1, watch=watch).evidence
+    got = attend(given, evidence="class", num_prefix=1, return_probs=return_probs).evidence
     torch.testing.assert_close(got, matrix(given)[:, :, 0], **EXACT)
 
 
@@ -69,9 +69,9 @@ def test_nothing_is_scored_unless_asked_for() -> None:
     assert attended.probs is None
 
 
-def test_watching_shows_the_probabilities() -> None:
+def test_probabilities_are_returned_on_request() -> None:
     given = inputs()
-    torch.testing.assert_close(attend(given, watch=True).probs, matrix(given), **EXACT)
+    torch.testing.assert_close(attend(given, return_probs=True).probs, matrix(given), **EXACT)
 
 
 @pytest.mark.parametrize("bias_images", [None, 1, 7])
@@ -81,7 +81,7 @@ def test_chunks_give_what_the_whole_batch_gives(
 ) -> None:
     given = inputs(batch=7, bias=True)
     given = given._replace(bias=None if bias_images is None else given.bias[:bias_images])
-    whole = attend(given, evidence="max", watch=True)
+    whole = attend(given, evidence="max", return_probs=True)
     monkeypatch.setattr(attention, "CHUNK_BYTES", images_at_once * 2 * 9 * 9 * 8)
     pieces = attend(given, evidence="max")
     torch.testing.assert_close(pieces.out, whole.out, **EXACT)
@@ -179,3 +179,31 @@ def test_no_number_of_tokens_lets_the_padding_count(tokens: int, dtype: torch.dt
 
 def test_the_output_joins_its_heads_without_a_copy() -> None:
     assert attend(inputs(), evidence="max").out.transpose(1, 2).is_contiguous()
+
+
+def test_a_bias_that_autograd_follows_gets_its_gradient() -> None:
+    """A learned relative position bias may be all that is trained."""
+    given = inputs(bias=True)
+    given = given._replace(bias=given.bias.clone().requires_grad_())
+    attended = attend(given, evidence="max")
+    attended.out.sum().backward()
+    assert given.bias.grad is not None
+
+
+def test_the_workspace_is_left_alone_where_operations_are_recast_traced_or_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = inputs()
+    assert attention._can_use_workspace(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not attention._can_use_workspace(given)
+    assert not attention._can_use_workspace(given._replace(dropout=0.1))
+
+    def flag(query: Tensor) -> Tensor:
+        return query.new_full((), float(attention._can_use_workspace(given._replace(query=query))))
+
+    with torch.inference_mode():
+        assert flag(given.query) == 1
+        assert torch.compile(flag, backend="eager")(given.query) == 0
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert not attention._can_use_workspace(given)

@@ -13,12 +13,12 @@ from cpvit.core import (
     head_score,
     highest,
     initial_state,
-    only_alive,
     patch_score,
     remove,
     scatter_patches,
     take,
     token_sizes,
+    zero_masked_heads,
 )
 
 EVIDENCE = torch.tensor([[[0.5, 0.1, 0.2], [0.3, 0.4, 0.6]]])
@@ -26,7 +26,7 @@ EVIDENCE = torch.tensor([[[0.5, 0.1, 0.2], [0.3, 0.4, 0.6]]])
 
 
 def rows(*values: float) -> torch.Tensor:
-    """Tokens of two channels, told apart by their first: [1 N 2]."""
+    """Tokens of two channels, distinguished by their first: [1 N 2]."""
     return torch.tensor([[[value, -value] for value in values]])
 
 
@@ -106,9 +106,9 @@ def test_patches_are_written_at_their_positions() -> None:
 def test_only_the_highest_heads_of_each_image_pass() -> None:
     out = torch.ones(2, 3, 1, 1)
     left = drop_lowest_heads(torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]]), 2)
-    assert only_alive(out, left).flatten(1).tolist() == [[1, 0, 1], [0, 1, 1]]
-    assert only_alive(out, left + 100).flatten(1).tolist() == [[1, 0, 1], [0, 1, 1]], "no way back"
-    assert only_alive(out, None) is out
+    assert zero_masked_heads(out, left).flatten(1).tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert zero_masked_heads(out, left + 100).flatten(1).tolist() == [[1, 0, 1], [0, 1, 1]], "no way back"
+    assert zero_masked_heads(out, None) is out
 
 
 def test_prefix_tokens_have_size_one() -> None:

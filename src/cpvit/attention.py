@@ -1,14 +1,17 @@
-"""Attention of one block: fused wherever no score is needed, and the evidence where one is.
+"""Attention of one block: fused where no score is needed, otherwise with the attention statistic ("evidence").
 
-Legend: B images, H heads, N tokens, D head dimension. Rows of the attention are queries, columns are keys.
+Legend: B images, H heads, N tokens, D head dimension. Rows of the attention matrix are queries, columns are keys.
 
-Four routes compute the same output:
+The evidence [B H N] is one number per head and key: "max", the column maximum over all queries; or "class", the row of
+the class token (the mean over all queries where there is no class token).
 
-* *fused*: ``scaled_dot_product_attention``; nothing of the N x N matrix is seen;
-* *workspace*: on a CPU, outside of autograd: the matrix of a few images or heads at a time, in one buffer that
-  stays in the cache. As fast as the fused kernel, faster in half precision, and every evidence is at hand;
-* *class row*: fused output, and one extra query row for the attention of the class token;
-* *explicit*: the matrix is built. For what the others cannot do: training, compiled graphs, probabilities.
+Four implementations compute the same output:
+
+* *fused*: ``scaled_dot_product_attention``; the N x N matrix is never stored;
+* *workspace*: on a CPU, without autograd: the matrix of a few images or heads at a time, in one buffer that fits the
+  cache. As fast as the fused kernel, faster in half precision, and gives either evidence;
+* *class row*: fused output, plus one extra query row for the attention of the class token;
+* *explicit*: the whole matrix, for what the others cannot do: training, compiled graphs, returning probabilities.
 """
 
 from __future__ import annotations
@@ -24,23 +27,23 @@ from torch.nn import functional as F
 EvidenceKind: TypeAlias = Literal["none", "max", "class"]
 
 CHUNK_BYTES = 2 << 20
-"""Attention matrix built at once on a CPU, for each thread: about twice what a core's own cache holds."""
+"""Bytes of attention matrix computed at once on a CPU, per thread: about twice the size of a core's own cache."""
 
 MOST_CHUNKED_THREADS = 4
-"""More threads than this get no larger chunk: the buffer must stay small beside the activations."""
+"""More threads than this do not enlarge the chunk: the buffer must stay small compared with the activations."""
 
 ROW_BYTES = 64
-"""Rows of the buffer are padded to whole vector registers: a ragged end costs a softmax up to half its time."""
+"""Rows of the buffer are padded to a multiple of this: a partial vector register can double the time of a softmax."""
 
 FEW_TOKENS = 256
-"""Up to here, and in half precision always, the workspace is faster than the fused kernel and a class row."""
+"""Up to this N, and in half precision always, the workspace is faster than the fused kernel plus a class row."""
 
 
 class AttentionInputs(NamedTuple):
-    """What a host's block feeds to its attention."""
+    """Inputs of the attention of one host block."""
 
     query: Tensor
-    """[B H N D], rotated or normalised as the host does."""
+    """[B H N D], with the host's rotary embedding and normalisation applied."""
     key: Tensor
     """[B H N D]."""
     value: Tensor
@@ -50,7 +53,7 @@ class AttentionInputs(NamedTuple):
     bias: Tensor | None = None
     """Added to the logits; broadcasts to [B H N N]."""
     gate: Tensor | None = None
-    """What the host multiplies the attention output with; [B N H*D]."""
+    """[B N H*D] factor that the host multiplies the attention output by."""
     dropout: float = 0.0
     """Probability of dropping an attention weight (training only)."""
 
@@ -61,13 +64,13 @@ class Attended(NamedTuple):
     out: Tensor
     """[B H N D]."""
     evidence: Tensor | None = None
-    """[B H N]: "max": strongest attention any query pays each key; "class": what the class token pays."""
+    """[B H N]: "max": column maxima; "class": attention of the class token to each key."""
     probs: Tensor | None = None
-    """[B H N N] attention probabilities, only when watched."""
+    """[B H N N] attention probabilities, only with ``return_probs``."""
 
 
 class ScoredAttention(Protocol):
-    """A kernel that gives output and column maxima at once; see :mod:`cpvit.kernels`."""
+    """A kernel that computes output and column maxima in one call; see :mod:`cpvit.kernels`."""
 
     def __call__(self, inputs: AttentionInputs) -> Attended:
         """``out`` and the "max" evidence."""
@@ -80,22 +83,22 @@ def attend(
     sizes: Tensor | None = None,
     evidence: EvidenceKind = "none",
     num_prefix: int = 1,
-    watch: bool = False,
+    return_probs: bool = False,
     kernel: ScoredAttention | None = None,
 ) -> Attended:
-    """Attention output and, where asked for, the evidence of every token.
+    """Attention output and, if requested, the evidence of every token.
 
     Args:
         inputs: Query, key, value of the block.
-        sizes: [B N] patches behind each token; its logarithm is added to the logits, so that a merged token
-            weighs as much as the patches in it (proportional attention, ToMe, arXiv 2210.09461, Eq. 3).
-        evidence: What to score by; "none" keeps the attention fused.
-        num_prefix: Prefix tokens; without any, "class" evidence is the mean over all queries.
-        watch: Also return the probabilities.
-        kernel: What gives "max" evidence; None for torch's own operations.
+        sizes: [B N] number of patches in each token; its logarithm is added to the logits, so that a merged token has
+            the weight of the patches in it (proportional attention, ToMe, arXiv 2210.09461, Eq. 3).
+        evidence: Which statistic to compute; "none" keeps the attention fused.
+        num_prefix: Number of prefix tokens; if 0, "class" evidence is the mean over all queries.
+        return_probs: Also return the probabilities.
+        kernel: Kernel for "max" evidence; None for torch's own operations.
     """
     inputs = inputs if sizes is None else inputs._replace(bias=_with_log_sizes(inputs, sizes))
-    if watch:
+    if return_probs:
         return _explicit(inputs, evidence, num_prefix, keep_probs=True)
     if evidence == "none":
         return Attended(_fused(inputs))
@@ -132,7 +135,7 @@ def _probabilities(inputs: AttentionInputs, query: Tensor) -> Tensor:
 
 
 def _class_row(inputs: AttentionInputs) -> Tensor:
-    """Attention the class token (row 0) pays to every token: [B H N]."""
+    """Attention of the class token (row 0) to every token: [B H N]."""
     first = inputs if inputs.bias is None else inputs._replace(bias=inputs.bias[..., :1, :])
     return _probabilities(first, inputs.query[:, :, :1]).squeeze(2)
 
@@ -142,8 +145,8 @@ def _explicit(
 ) -> Attended:
     probs = _probabilities(inputs, inputs.query)
     out = F.dropout(probs, inputs.dropout) if inputs.dropout else probs
-    seen = None if evidence == "none" else _evidence(probs, evidence, num_prefix)
-    return Attended(out @ inputs.value, seen, probs if keep_probs else None)
+    found = None if evidence == "none" else _evidence(probs, evidence, num_prefix)
+    return Attended(out @ inputs.value, found, probs if keep_probs else None)
 
 
 def _evidence(probs: Tensor, kind: EvidenceKind, num_prefix: int) -> Tensor:
@@ -153,7 +156,7 @@ def _evidence(probs: Tensor, kind: EvidenceKind, num_prefix: int) -> Tensor:
 
 
 def _can_use_workspace(inputs: AttentionInputs) -> bool:
-    """Buffers are written in place: on a CPU, and nothing may record, trace or recast the operations."""
+    """Buffers are written in place, so: on a CPU, and nothing records, traces or recasts the operations."""
     tensors = (inputs.query, inputs.key, inputs.value, inputs.bias)
     return (
         inputs.query.device.type == "cpu"
@@ -170,9 +173,9 @@ def _workspace_is_faster(query: Tensor) -> bool:
 
 
 def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: int) -> Attended:
-    """The matrix of a few images or heads at a time, always in the same memory.
+    """Attention of a few images or heads at a time, always in the same buffer.
 
-    The keys are padded, not the matrix: only a result without gaps is multiplied as one batch.
+    The keys are padded, not the matrix: ``baddbmm`` needs a contiguous result to run as one batch.
     """
     query, key, value, scale, bias, *_ = inputs
     batch, heads, tokens, head_dim = value.shape
@@ -183,7 +186,9 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
     padded = key.new_zeros(rows, width, key.shape[3])
     matrix = query.new_empty(rows, tokens, width)
-    out = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # so that joining heads is a view
+    out = value.new_empty(batch, tokens, heads, head_dim).transpose(
+        1, 2
+    )  # so that joining the heads is a view
     scores = query.new_empty(batch, heads, width)
     for piece in pieces:
         q, v = query[piece].flatten(0, 1), value[piece].flatten(0, 1)
@@ -201,13 +206,13 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
 
 
 def _budget(query: Tensor) -> int:
-    """Bytes of the matrix to build at once: what the caches hold, and little beside an MLP's activations."""
+    """Bytes of the matrix to compute at once: what fits the caches, and at most the size of the query."""
     cached = CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)
     return min(cached, query.numel() * query.element_size())
 
 
 def _pieces(query: Tensor, budget: int) -> Iterator[tuple[slice, slice]]:
-    """Images and heads to do at once, for their matrices to take ``budget`` bytes: whole images where possible."""
+    """Slices of images and heads whose matrices take about ``budget`` bytes: whole images where possible."""
     batch, heads, tokens, _ = query.shape
     image = heads * tokens * tokens * query.element_size()
     images = max(1, budget // image)

@@ -1,17 +1,19 @@
-"""CP-ViT, readable in one file: score, accumulate, remove, block by block.
+"""CP-ViT in one file: score, accumulate, remove, block by block.
 
 Source: "CP-ViT: Cascade Vision Transformer Pruning via Progressive Sparsity Prediction", arXiv 2203.04570.
 
-Everything here is a pure function of tensors; nothing knows which library the model came from. The host
-describes one of its blocks through :class:`BlockView`; :func:`run_block` does with it what the paper says.
+All functions are pure functions of tensors and do not depend on the library of the model. The host (the model that is
+pruned) provides each of its blocks as a :class:`BlockView`; :func:`run_block` runs one block of the method on it.
 
-Legend: B images, H heads, P prefix tokens (class, distillation, registers; never pruned), n patches alive in
-this block, N = P + n tokens, N0 patches of the untouched image, D head dimension, C channels.
+Legend: B images, H heads, P prefix tokens (class, distillation, registers; never pruned), n patches that enter this
+block, N = P + n tokens, N0 patches of the whole image, D head dimension, C channels, A attention probabilities.
 
-    evidence        M[b,h,j] = max_i A[b,h,i,j]              how strongly any query needs token j
+    evidence        M[b,h,j] = max_i A[b,h,i,j]              attention statistic of token j: its column maximum
     patch score     S[b,j]   = sum_h M[b,h,j]                accumulated over the blocks so far (the cascade)
     head score      T[b,h]   = sum_j M[b,h,j]                accumulated likewise
     removal         the patches of lowest accumulated score leave the sequence, between attention and MLP
+
+"Evidence" is the attention statistic, per head and token, that a method computes its scores from.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ HostArguments: TypeAlias = Mapping[str, object]
 
 
 class TokenState(NamedTuple):
-    """What the cascade knows about the patches that are still alive. A value: every step returns a new one."""
+    """State of the patch tokens between two blocks. Immutable: every step returns a new one."""
 
     positions: Tensor
     """[B n] original position of each patch, row-major over the grid."""
@@ -37,21 +39,21 @@ class TokenState(NamedTuple):
     head_score: Tensor | None = None
     """[B H] accumulated head score; None unless heads are masked per image."""
     size: Tensor | None = None
-    """[B n] how many patches each token stands for; None while every token is one patch."""
+    """[B n] number of patches in each token; None while every token is one patch."""
     carrier: Tensor | None = None
-    """[B N0] index into the n tokens of the one that carries each original patch; None if patches are removed."""
+    """[B N0] for each original patch, the index of the token it was merged into; None if patches are removed."""
     departed: Tensor | None = None
-    """[B N0 C] last value of every patch; kept only when the full grid is asked for."""
+    """[B N0 C] value of every removed patch when it was removed; None unless the full grid is returned."""
 
 
 class BlockView(Protocol):
-    """One transformer block of a host model, in the three parts the cascade needs."""
+    """One transformer block of the host, split into the three parts that pruning needs."""
 
     def attention_inputs(self, x: Tensor, positions: Tensor | None, extra: HostArguments) -> AttentionInputs:
         """Norm and projections: x [B N C] -> query, key, value [B H N D], bias and scale.
 
-        ``positions`` is [B n] once patches have left (for rotary and relative positions), else None.
-        ``extra`` holds the keyword arguments the host passes to its block (a rotary embedding, a shared bias).
+        ``positions`` is [B n] once patches were removed (for rotary and relative positions), else None.
+        ``extra`` holds the keyword arguments that the host passes to its block (a rotary embedding, a shared bias).
         """
         ...
 
@@ -65,39 +67,39 @@ class BlockView(Protocol):
 
 
 class BlockStep(NamedTuple):
-    """What to do in one block."""
+    """What one block does, as planned."""
 
     keep: int
     """Patches that leave the block."""
     score: bool
     """Whether this block's attention is scored."""
     pruned: bool = False
-    """Whether patches have left before this block (positions then matter to the host)."""
+    """Whether an earlier block removed patches (the host then needs their positions)."""
     mask_heads: int | None = None
-    """Heads kept per image by a mask (research mode: costs the same time); None for all."""
+    """Heads kept per image by a mask (research mode: saves no time); None for all."""
     depth: float = 0.0
-    """Share of the blocks that come before this one."""
+    """Fraction of the blocks that come before this one, 0 to below 1."""
 
 
 class Method(Protocol):
-    """How patches are scored and what happens to those that go."""
+    """How patch tokens are scored, and how their number is reduced."""
 
     name: str
     evidence: EvidenceKind
-    """What the scores are made from; "none" keeps attention fused everywhere."""
+    """Attention statistic that the scores are computed from; "none" keeps the attention fused in every block."""
     cumulative: bool
-    """Whether blocks before a removal are scored too."""
+    """Whether blocks before a removal are scored too, since scores accumulate."""
     merges: bool
-    """Whether patches that leave are carried by a token that stays, rather than lost."""
+    """Whether patches are merged into a token that stays, instead of being removed."""
     halves: bool
-    """Whether at most half of the patches can leave one block."""
+    """Whether one block can remove at most half of the tokens."""
     schedule: str
-    """Spread over depth where none is asked for; "auto" is layer-aware with images, else the linear ramp."""
+    """Schedule over depth by default; "auto" is layer-aware with calibration images, else the linear ramp."""
     proportional: bool
-    """Whether a token that stands for several patches weighs as many in the attention."""
+    """Whether attention is proportional: the logarithm of a token's size is added to its logits."""
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
-        """Account for one block's evidence [B H N]."""
+        """The state with the score updated by one block's evidence [B H N]."""
         ...
 
     def reduce(
@@ -107,7 +109,7 @@ class Method(Protocol):
         ...
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """What ``reduce`` multiplies to get from ``patches`` to ``keep``, for one image."""
+        """Multiply-accumulates of ``reduce`` from ``patches`` to ``keep`` tokens, for one image."""
         ...
 
 
@@ -135,7 +137,7 @@ class CPViT:
         return remove(x, state, highest(state.score, step.keep), num_prefix)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Removing multiplies nothing."""
+        """0: removal needs no multiplications."""
         return 0
 
 
@@ -150,24 +152,24 @@ def head_score(evidence: Tensor) -> Tensor:
 
 
 def accumulator_dtype(tensor: Tensor) -> torch.dtype:
-    """Scores are summed over 12 to 40 blocks: half precision would tie thousands of them."""
+    """At least float32: scores are summed over 12 to 40 blocks, and in half precision many would become equal."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def highest(score: Tensor, keep: int) -> Tensor:
-    """[B n] -> [B keep] indices of the highest scores, in their original order (memory stays local)."""
+    """[B n] -> [B keep] indices of the highest scores, ascending (so that memory access stays local)."""
     return score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]. Whole rows are copied, where there are any."""
+    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]. Copies whole rows, which is faster than gather."""
     if values.dim() == 2:
         return values.gather(1, index)
     return values.flatten(0, 1).index_select(0, flat_rows(index, values.shape[1])).unflatten(0, index.shape)
 
 
 def flat_rows(index: Tensor, rows: int) -> Tensor:
-    """Where row ``index`` [B k] of each image lies once images of ``rows`` rows follow one another: [B*k]."""
+    """Row ``index`` [B k] of each image, as a row of the [B*rows ...] tensor of all images: [B*k]."""
     if index.shape[0] == 1:
         return index.flatten()
     first = torch.arange(index.shape[0], device=index.device) * rows
@@ -175,8 +177,8 @@ def flat_rows(index: Tensor, rows: int) -> Tensor:
 
 
 def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple[Tensor, TokenState]:
-    """Let every patch outside ``kept`` [B k] leave: x [B P+n C] -> [B P+k C]. Prefix tokens always stay."""
-    state = _remember_departing(x, state, num_prefix)
+    """Remove every patch outside ``kept`` [B k]: x [B P+n C] -> [B P+k C]. Prefix tokens always stay."""
+    state = _store_removed(x, state, num_prefix)
     return take_tokens(x, kept, num_prefix), state._replace(
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
@@ -185,26 +187,27 @@ def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple
 
 
 def take_tokens(x: Tensor, patches: Tensor, num_prefix: int) -> Tensor:
-    """The prefix and the given patches [B k]: x [B P+n C] -> [B P+k C]."""
+    """The prefix tokens and the given patches [B k]: x [B P+n C] -> [B P+k C]."""
     if not num_prefix:
         return take(x, patches)
     prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], num_prefix)
     return take(x, torch.cat([prefix, patches + num_prefix], dim=1))
 
 
-def _remember_departing(x: Tensor, state: TokenState, num_prefix: int) -> TokenState:
+def _store_removed(x: Tensor, state: TokenState, num_prefix: int) -> TokenState:
+    """Store the values of all current patches at their positions; those of the survivors are overwritten later."""
     if state.departed is None:
         return state
     return state._replace(departed=scatter_patches(state.departed, state.positions, x[:, num_prefix:]))
 
 
 def scatter_patches(grid: Tensor, positions: Tensor, patches: Tensor) -> Tensor:
-    """Write patches [B n C] at their positions [B n] of the grid [B N0 C]."""
+    """The grid [B N0 C] with patches [B n C] written at their positions [B n]."""
     return grid.scatter(1, positions.unsqueeze(-1).expand_as(patches), patches)
 
 
 def initial_state(x: Tensor, num_prefix: int, *, track_carrier: bool, keep_departed: bool) -> TokenState:
-    """State before the first block: every patch alive, nothing scored. x [B P+N0 C]."""
+    """State before the first block: all patches present, nothing scored. x [B P+N0 C]."""
     batch, patches = x.shape[0], x.shape[1] - num_prefix
     positions = torch.arange(patches, device=x.device).expand(batch, patches)
     return TokenState(
@@ -215,14 +218,14 @@ def initial_state(x: Tensor, num_prefix: int, *, track_carrier: bool, keep_depar
 
 
 def drop_lowest_heads(score: Tensor, keep: int) -> Tensor:
-    """Score [B H] with all but the ``keep`` highest heads at -inf, from where no later block brings them back."""
+    """Score [B H] with all but the ``keep`` highest heads at -inf, where they stay whatever is added later."""
     lowest = torch.full_like(score, float("-inf"))
     index = score.topk(keep, dim=1).indices
     return lowest.scatter(1, index, score.gather(1, index))
 
 
-def only_alive(values: Tensor, head_score: Tensor | None) -> Tensor:
-    """Zero what the masked heads of each image give: values [B H ...], head_score [B H]."""
+def zero_masked_heads(values: Tensor, head_score: Tensor | None) -> Tensor:
+    """Zero the values [B H ...] of heads that are masked, that is, whose head_score [B H] is -inf."""
     if head_score is None:
         return values
     alive = torch.isfinite(head_score).to(values.dtype)
@@ -230,7 +233,7 @@ def only_alive(values: Tensor, head_score: Tensor | None) -> Tensor:
 
 
 def token_sizes(state: TokenState, num_prefix: int) -> Tensor | None:
-    """Patches behind every token, prefix included (1 each): [B n] -> [B P+n]; None while all are one."""
+    """Patches in every token, prefix tokens included (1 each): [B n] -> [B P+n]; None while all sizes are 1."""
     if state.size is None:
         return None
     return torch.cat([state.size.new_ones(state.size.shape[0], num_prefix), state.size], dim=1)
@@ -245,26 +248,26 @@ def run_block(
     *,
     num_prefix: int,
     extra: HostArguments,
-    watch: bool = False,
+    return_probs: bool = False,
     kernel: ScoredAttention | None = None,
 ) -> tuple[Tensor, TokenState, Tensor | None]:
-    """One block of the cascade: attention, score, removal, MLP.
+    """One block: attention, score, removal or merge, MLP.
 
     Args:
         view: The host's block.
-        method: What scores and reduces.
-        step: How many patches leave this block and whether it is scored.
-        x: [B P+n C] tokens entering.
-        state: What is known about the n patches.
+        method: How to score and reduce.
+        step: How many patches leave this block, and whether it is scored.
+        x: [B P+n C] tokens that enter.
+        state: State of the n patches.
         num_prefix: P.
-        extra: Keyword arguments the host gave its block.
-        watch: Also return the attention probabilities (calibration, pictures).
-        kernel: What scores column maxima; None for torch's own operations.
+        extra: Keyword arguments that the host passed to its block.
+        return_probs: Also return the attention probabilities (for calibration).
+        kernel: Kernel for output and column maxima; None for torch's own operations.
 
     Returns:
-        Tokens [B P+keep C], the new state, and the attention [B H N N] if watched.
+        Tokens [B P+keep C], the new state, and the probabilities [B H N N] if ``return_probs``, else None.
     """
-    x, state, probs = _attend(view, method, step, x, state, num_prefix, extra, watch, kernel)
+    x, state, probs = _attend(view, method, step, x, state, num_prefix, extra, return_probs, kernel)
     return view.mlp_residual(x), state, probs
 
 
@@ -276,48 +279,48 @@ def _attend(
     state: TokenState,
     num_prefix: int,
     extra: HostArguments,
-    watch: bool,
+    return_probs: bool,
     kernel: ScoredAttention | None,
 ) -> tuple[Tensor, TokenState, Tensor | None]:
-    """The first half of the block. Apart, so that query, key and value are gone when the MLP starts."""
+    """First half of the block. A function of its own: query, key and value are freed before the MLP runs."""
     inputs = view.attention_inputs(x, state.positions if step.pruned else None, extra)
     attended = attend(
         inputs,
         sizes=token_sizes(state, num_prefix) if method.proportional else None,
         evidence=method.evidence if step.score else "none",
         num_prefix=num_prefix,
-        watch=watch,
+        return_probs=return_probs,
         kernel=kernel,
     )
-    state, out = _account(method, step, state, attended.out, attended.evidence, num_prefix)
+    state, out = _accumulate(method, step, state, attended.out, attended.evidence, num_prefix)
     x = view.attention_residual(x, inputs, out)
     if step.keep < state.positions.shape[1]:
         x, state = method.reduce(x, state, inputs, step, num_prefix)
     return x, state, attended.probs
 
 
-def _account(
+def _accumulate(
     method: Method, step: BlockStep, state: TokenState, out: Tensor, evidence: Tensor | None, num_prefix: int
 ) -> tuple[TokenState, Tensor]:
-    """Accumulate the scores of one block; in the research mode also mask its lowest heads, for good."""
+    """Accumulate the scores of one block. With ``mask_heads``, also mask its lowest heads, permanently."""
     if evidence is None:
         return state, out
-    evidence = only_alive(evidence, state.head_score)
+    evidence = zero_masked_heads(evidence, state.head_score)
     state = method.observe(state, evidence, num_prefix)
     if step.mask_heads is None:
         return state, out
     total = head_score(evidence) if state.head_score is None else state.head_score + head_score(evidence)
-    left = drop_lowest_heads(total, step.mask_heads)
-    return state._replace(head_score=left), only_alive(out, left)
+    remaining = drop_lowest_heads(total, step.mask_heads)
+    return state._replace(head_score=remaining), zero_masked_heads(out, remaining)
 
 
 def full_grid(x: Tensor, state: TokenState, num_prefix: int) -> Tensor:
     """Every patch in its original place: [B P+n C] -> [B P+N0 C].
 
-    A merged patch shows the token that carries it; a removed one the value it had when it left.
+    A merged patch gets the value of the token it was merged into, a removed one its value when it was removed.
     """
     if state.carrier is not None:
         return take_tokens(x, state.carrier, num_prefix)
-    assert state.departed is not None, "the cascade was not asked to remember departing patches"
+    assert state.departed is not None, "keep_departed=False: removed patches were not stored"
     grid = scatter_patches(state.departed, state.positions, x[:, num_prefix:])
     return torch.cat([x[:, :num_prefix], grid], dim=1)

@@ -1,4 +1,4 @@
-"""The demo: no test digit is trained on, the packaged model is as good as it says, and one run of it all."""
+"""The demo: train and test digits are disjoint, the packaged model has its stated accuracy, and one full run."""
 
 from importlib import resources
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from cpvit.demo import cluttered_digits, describe, digits_model, load_digits_model, run_demo
 from cpvit.demo import digits as digits_module
 from cpvit.demo.digits import GRID, WEIGHTS, to_unit, weights_metadata
-from cpvit.demo.train import Recipe, accuracy_percent, forward_window, save_weights, train_digits
+from cpvit.demo.train import TrainingConfig, accuracy_percent, forward_window, save_weights, train_digits
 from cpvit.measure.visualize import stages
 
 
@@ -105,7 +105,7 @@ def test_training_forward_on_a_full_canvas_is_the_models_own() -> None:
 def test_training_runs_and_its_weights_load(tmp_path: Path) -> None:
     seen: list[int] = []
     model = train_digits(
-        Recipe(small_epochs=1, full_epochs=0, small_window=4, batch=240),
+        TrainingConfig(small_epochs=1, full_epochs=0, small_window=4, batch=240),
         progress=lambda epoch, loss: seen.append(epoch) if 2 < loss < 3 else None,
     )
     assert seen == [1]
@@ -115,9 +115,9 @@ def test_training_runs_and_its_weights_load(tmp_path: Path) -> None:
     digits_model().load_state_dict(load_file(tmp_path / "weights.safetensors"))
 
 
-def test_a_recipe_without_epochs_is_refused() -> None:
+def test_a_configuration_without_epochs_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one must be trained, got 0 small and 0 full"):
-        Recipe(small_epochs=0, full_epochs=0)
+        TrainingConfig(small_epochs=0, full_epochs=0)
 
 
 def test_demo_prunes_half_and_hardly_errs_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def check_kernel(column_maxima: Any, dtype: torch.dtype, device: str) -> None:
 
 
 _INTERPRETED = """
-import sys; sys.path.insert(0, {here!r})
+import sys; sys.path[:0] = {folders!r}
 import torch
 from test_kernels import check_kernel
 from cpvit.kernels.triton_attention import column_maxima
@@ -70,7 +71,7 @@ check_kernel(column_maxima, torch.{dtype}, "cpu")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])  # the interpreter has no bfloat16
 def test_interpreted_it_gives_what_the_whole_matrix_gives(dtype: str) -> None:
     pytest.importorskip("triton", reason="Triton has no build for this system")
-    code = _INTERPRETED.format(here=str(HERE), dtype=dtype)
+    code = _INTERPRETED.format(folders=[str(HERE), str(HERE.parent)], dtype=dtype)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -108,7 +109,7 @@ def test_a_kernel_gives_the_column_maxima_and_nothing_else() -> None:
     assert len(calls) == 1
     attend(given, kernel=kernel)
     attend(given, evidence="class", kernel=kernel)
-    attend(given, evidence="max", watch=True, kernel=kernel)
+    attend(given, evidence="max", return_probs=True, kernel=kernel)
     assert len(calls) == 1
 
 
@@ -169,7 +170,7 @@ def test_the_chosen_kernel_scores_the_model(monkeypatch: pytest.MonkeyPatch) -> 
             {"query": torch.zeros(1, 1, 3, 16).double()},
             "takes float32, bfloat16 and float16, got torch.float64",
         ),
-        ({"dropout": 0.1}, "knows no attention dropout; call model.eval"),
+        ({"dropout": 0.1}, "has no attention dropout; call model.eval"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:
@@ -190,3 +191,19 @@ def test_shapes_without_data_are_counted_by_torchs_operations() -> None:
     meta = AttentionInputs(*(each.to("meta") if isinstance(each, Tensor) else each for each in given))
     got = kernels.scored_attention(meta)
     assert (got.out.shape, got.evidence.shape) == ((2, 3, 9, 16), (2, 3, 9))
+
+
+def test_the_kernel_takes_the_largest_head_dimension_it_names() -> None:
+    kernels = pytest.importorskip("cpvit.kernels.triton_attention", exc_type=ImportError)
+    kernels.check(draw(3, 128, "none"))
+
+
+def test_the_kernel_refuses_tensors_that_require_grad() -> None:
+    """Without a CUDA device, the device is pretended: the refusal comes before anything is launched."""
+    kernels = pytest.importorskip("cpvit.kernels.triton_attention", exc_type=ImportError)
+    pretended: Any = SimpleNamespace(device=torch.device("cuda"), requires_grad=True)
+    given = AttentionInputs(pretended, pretended, pretended, 1.0)
+    with pytest.raises(
+        RuntimeError, match=r"attention_kernel='triton' has no backward pass; run the model inside"
+    ):
+        kernels.scored_attention(given)

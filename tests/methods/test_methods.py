@@ -1,4 +1,4 @@
-"""Every method: what all must hold, and each against a slow account of its publication."""
+"""Every method: what holds for all of them, and each against a slow implementation of its publication."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cpvit.core import BlockStep, TokenState
 from cpvit.methods import METHODS, method_named
 from cpvit.methods.cpvit_merge import FLOOR
 from cpvit.methods.merging import merge
-from cpvit.methods.tome import sides
+from cpvit.methods.removal import scramble
+from cpvit.methods.tome import bipartite
 from cpvit.plans.macs import count_macs
 
 MERGING = [name for name, method in METHODS.items() if method.merges]
@@ -56,7 +57,7 @@ def test_an_image_alone_equals_the_same_image_in_a_batch(method: Any) -> None:
 
 
 @pytest.mark.parametrize("name", MERGING)
-def test_every_patch_is_carried_by_exactly_one_token(name: str, any_model: Any) -> None:
+def test_every_patch_is_merged_into_exactly_one_token(name: str, any_model: Any) -> None:
     prune_(any_model, PruneConfig(method=name, keep_rate=0.4), verify=False)
     with record(any_model) as trace:
         any_model(random_images())
@@ -96,7 +97,7 @@ def test_undoing_restores_the_model_bit_for_bit(method: Any) -> None:
     ("name", "schedule"),
     [("tome", "constant"), ("pitome", "constant-fraction"), ("evit", "stages"), ("topk", "stages")],
 )
-def test_a_rival_has_the_schedule_of_its_publication(name: str, schedule: str) -> None:
+def test_every_other_method_has_the_schedule_of_its_publication(name: str, schedule: str) -> None:
     model = tiny_vit(depth=12, img_size=(112, 112))
     plan = prune_(model, PruneConfig(method=name, keep_rate=0.3), verify=False)
     assert plan.schedule == schedule
@@ -111,11 +112,11 @@ def test_a_rival_has_the_schedule_of_its_publication(name: str, schedule: str) -
         assert max(fractions) - min(fractions) < 0.02
 
 
-# --- against slow accounts of the publications ------------------------------------------------------
+# --- against slow implementations of the publications ------------------------------------------------------
 
 
 def random_block(patches: int = 17, *, seed: int = 0) -> tuple[Tensor, AttentionInputs, TokenState]:
-    """One image: tokens [1 1+n 10], keys of 3 heads, and the state of patches that carry 1 to 3 each."""
+    """One image: tokens [1 1+n 10], keys of 3 heads, and the state of tokens of 1 to 3 patches each."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -148,11 +149,11 @@ def stretched(x: Tensor, size: Tensor, groups: list[list[int]]) -> Tensor:
 
 
 def grouped(order: list[int], target: dict[int, int]) -> list[list[int]]:
-    return [[kept, *(leaving for leaving, into in target.items() if into == kept)] for kept in order]
+    return [[kept, *(source for source, into in target.items() if into == kept)] for kept in order]
 
 
 @pytest.mark.parametrize("removed", [1, 3, 8])
-def test_tome_merges_the_most_similar_pairs_of_its_two_sides(removed: int) -> None:
+def test_tome_merges_the_most_similar_pairs_of_sources_and_destinations(removed: int) -> None:
     x, inputs, state = random_block()
     keys = F.normalize(inputs.key[0, :, 1:].mean(0), dim=-1)
     first, second = list(range(1, 17, 2)), list(range(0, 17, 2))  # the class token holds place 0
@@ -168,14 +169,14 @@ def test_tome_merges_the_most_similar_pairs_of_its_two_sides(removed: int) -> No
 
 
 @pytest.mark.parametrize(("depth", "removed"), [(0.0, 4), (0.25, 8), (0.5, 4), (0.75, 8)])
-def test_pitome_merges_what_has_the_most_likenesses(depth: float, removed: int) -> None:
+def test_pitome_merges_tokens_of_high_energy(depth: float, removed: int) -> None:
     x, inputs, state = random_block()
     keys = F.normalize(inputs.key[0, :, 1:].mean(0), dim=-1)
     similarity, margin = keys @ keys.T, 0.75 * (1 - depth)
     energy = [sum(float(F.elu(value - margin)) for value in row) for row in similarity]
     rank = sorted(range(17), key=lambda i: -energy[i])
-    dealt = rank if depth < 0.5 else rank[: 2 * removed]
-    first, second = dealt[::2], dealt[1::2]
+    split = rank if depth < 0.5 else rank[: 2 * removed]
+    first, second = split[::2], split[1::2]
     partner = {i: max(second, key=lambda j, i=i: float(similarity[i, j])) for i in first}
     chosen = sorted(first, key=lambda i: -float(similarity[i, partner[i]]))[:removed]
     target = {i: partner[i] for i in chosen}
@@ -208,23 +209,23 @@ def test_cpvit_merge_takes_the_cheapest_merges(removed: int) -> None:
     x, inputs, state = random_block()
     patches, size, score = x[0, 1:], state.size[0], state.score[0]
 
-    def likeness(i: int, j: int) -> float:
+    def similarity(i: int, j: int) -> float:
         return float(F.cosine_similarity(patches[i], patches[j], dim=0))
 
-    def price(i: int, j: int) -> float:
+    def cost(i: int, j: int) -> float:
         ward = size[i] * size[j] / (size[i] + size[j])
-        return float(ward * (1 - likeness(i, j)) * (score[i] / size[i] + score[j] / size[j] + FLOOR))
+        return float(ward * (1 - similarity(i, j)) * (score[i] / size[i] + score[j] / size[j] + FLOOR))
 
     first, second = range(1, 17, 2), range(0, 17, 2)
-    partner = {i: max(second, key=lambda j, i=i: likeness(i, j)) for i in first}
-    chosen = sorted(first, key=lambda i: price(i, partner[i]))[:removed]
+    partner = {i: max(second, key=lambda j, i=i: similarity(i, j)) for i in first}
+    chosen = sorted(first, key=lambda i: cost(i, partner[i]))[:removed]
     order = [i for i in first if i not in chosen] + list(second)
     expected = stretched(x, state.size, grouped(order, {i: partner[i] for i in chosen}))
     got, _ = METHODS["cpvit-merge"].reduce(x, state, inputs, BlockStep(17 - removed, True), 1)
     torch.testing.assert_close(got[0], expected)
 
 
-def test_cpvit_merge_beyond_one_side_merges_the_least_informative() -> None:
+def test_cpvit_merge_of_more_than_the_sources_merges_the_least_important() -> None:
     x, inputs, state = random_block()
     _, after = METHODS["cpvit-merge"].reduce(x, state, inputs, BlockStep(3, True), 1)
     assert set(after.positions[0].tolist()) == set(state.score[0].topk(3).indices.tolist())
@@ -232,9 +233,9 @@ def test_cpvit_merge_beyond_one_side_merges_the_least_informative() -> None:
 
 def test_merging_keeps_the_sum_over_all_patches() -> None:
     x, _, state = random_block()
-    leaving, into, staying = torch.tensor([[3, 0]]), torch.tensor([[1, 1]]), torch.tensor([[2, 5, 4]])
+    sources, destinations, kept = torch.tensor([[3, 0]]), torch.tensor([[1, 1]]), torch.tensor([[2, 5, 4]])
     covered = [0, 2, 3, 4, 5]
-    got, after = merge(x, state, leaving, into, staying, 1)
+    got, after = merge(x, state, sources, destinations, kept, 1)
     before = (x[0, 1:] * state.size[0, :, None])[covered].sum(0)
     torch.testing.assert_close((got[0, 1:] * after.size[0, :, None]).sum(0), before)
     assert after.size.sum() == state.size[0, covered].sum()
@@ -242,17 +243,44 @@ def test_merging_keeps_the_sum_over_all_patches() -> None:
 
 def test_merged_tokens_are_as_long_as_the_longest_in_them_also_for_autograd() -> None:
     x, _, state = random_block(6)
-    leaving, into, staying = torch.tensor([[3, 0, 1]]), torch.tensor([[1, 1, 2]]), torch.tensor([[2, 5, 4]])
+    sources, destinations, kept = (
+        torch.tensor([[3, 0, 1]]),
+        torch.tensor([[1, 1, 2]]),
+        torch.tensor([[2, 5, 4]]),
+    )
 
     def merged(x: Tensor) -> Tensor:
-        return merge(x, state, leaving, into, staying, 1, keep_length=True)[0]
+        return merge(x, state, sources, destinations, kept, 1, keep_length=True)[0]
 
     torch.testing.assert_close(merged(x), stretched(x, state.size, [[2], [5, 3, 0], [4, 1]])[None])
     assert torch.autograd.gradcheck(merged, x.clone().requires_grad_())
 
 
 @pytest.mark.parametrize(("prefix", "first"), [(0, 0), (1, 1), (2, 0), (5, 1)])
-def test_sides_alternate_by_place_with_the_prefix_counted(prefix: int, first: int) -> None:
-    one, other = sides(torch.arange(7)[None], prefix)
+def test_sources_and_destinations_alternate_with_the_prefix_counted(prefix: int, first: int) -> None:
+    one, other = bipartite(torch.arange(7)[None], prefix)
     assert one[0].tolist() == list(range(first, 7, 2))
     assert sorted([*one[0].tolist(), *other[0].tolist()]) == list(range(7))
+
+
+@pytest.mark.parametrize("name", ["topk", "evit-no-fuse", "evit"])
+def test_a_baseline_scores_by_the_attention_of_the_current_block_alone(name: str) -> None:
+    _, _, state = random_block(2)
+    evidence = torch.tensor([[[9.0, 0.1, 0.2], [9.0, 0.3, 0.6]]], dtype=torch.float64)
+    score = METHODS[name].observe(state, evidence, 1).score
+    torch.testing.assert_close(score, torch.tensor([[0.4, 0.8]], dtype=torch.float64))
+
+
+def test_importance_of_cpvit_merge_has_mean_one_in_every_block() -> None:
+    _, _, state = random_block(2)
+    evidence = torch.tensor([[[9.0, 0.1, 0.2], [9.0, 0.3, 0.6]]], dtype=torch.float64)
+    score = METHODS["cpvit-merge"].observe(state, evidence, 1).score
+    torch.testing.assert_close(score, torch.tensor([[2 / 3, 4 / 3]], dtype=torch.float64))
+
+
+def test_a_random_order_differs_by_its_seed_and_not_by_the_image() -> None:
+    positions = torch.arange(50).expand(2, 50)
+    first, second = scramble(positions, 0), scramble(positions, 1)
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first.argsort(dim=1), second.argsort(dim=1))
+    assert ((first >= 0) & (first < 1)).all()

@@ -11,9 +11,11 @@ import torch
 from conftest import tiny_vit
 
 from cpvit.adapters import Host, open_host
+from cpvit.methods import method_named
 from cpvit.plans.budget import BudgetError, for_keep_rate, for_macs, solve_macs
 from cpvit.plans.costs import cost_model
 from cpvit.plans.schedules import aligned, allowed, constant, halved_at_most, kept, layer_aware, linear_ramp
+from cpvit.plans.steps import make_steps
 
 
 def never_rises(counts: tuple[int, ...]) -> bool:
@@ -217,3 +219,27 @@ def test_a_budget_out_of_reach_of_a_coarse_grid_says_that_a_finer_one_may_do() -
     costs = cost_model(open_host(tiny_vit()))
     with pytest.raises(BudgetError, match=r"macs=0.3 cannot be met .*; or align to fewer than 32 tokens"):
         solve_macs(costs, lambda s: kept(35, linear_ramp(3), s), 0.3 * costs.dense, costs.dense, multiple=32)
+
+
+def test_no_block_of_a_halved_schedule_removes_more_than_half() -> None:
+    assert halved_at_most((60, 10, 10), 196) == (98, 49, 25)
+    assert halved_at_most((1, 1, 1), 7) == (4, 2, 1)
+    assert halved_at_most((150, 90, 90), 196) == (150, 90, 90), "nothing to change"
+    assert halved_at_most((90, 120, 40), 196) == (98, 98, 49), "it never rises"
+
+
+def test_between_two_multiples_at_the_same_distance_the_smaller_is_taken() -> None:
+    assert aligned((175, 47, 48), 1, 32, 196) == (159, 31, 31)
+    assert allowed(1, 32, 196)[4:] == (159, 191, 196)
+
+
+def test_a_step_knows_its_depth_what_to_score_and_whether_patches_were_removed_before() -> None:
+    cumulative = make_steps(method_named("cpvit"), (10, 8, 8, 5, 5), 10)
+    assert [step.depth for step in cumulative] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert [step.score for step in cumulative] == [True, True, True, True, False]
+    assert [step.pruned for step in cumulative] == [False, False, True, True, True]
+    assert [step.keep for step in cumulative] == [10, 8, 8, 5, 5]
+    of_the_block = make_steps(method_named("topk"), (10, 8, 8, 5, 5), 10)
+    assert [step.score for step in of_the_block] == [False, True, False, True, False]
+    assert not any(step.score for step in make_steps(method_named("tome"), (10, 8, 8, 5, 5), 10))
+    assert not any(step.score for step in make_steps(method_named("cpvit"), (10,) * 5, 10))

@@ -239,3 +239,20 @@ def test_a_watcher_is_gone_after_its_with_even_if_it_failed(pruned: Any) -> None
     with pytest.raises(KeyError), record(pruned):
         raise KeyError
     assert container.cascade.watchers == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_pruning_and_unpruning_keep_the_mode_of_every_module(training: bool) -> None:
+    model = tiny_vit().train(training)
+    prune_(model, PRUNING)
+    assert all(module.training == training for module in model.modules())
+    unprune_(model)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_undoing_leaves_no_attribute_and_no_hook(model: nn.Module) -> None:
+    attributes = set(vars(model))
+    prune_(model, PRUNING)
+    unprune_(model)
+    assert set(vars(model)) == attributes
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

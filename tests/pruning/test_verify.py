@@ -103,3 +103,12 @@ def test_a_pruned_model_is_refused(model: Any) -> None:
         ValueError, match=r"is pruned already; verify the untouched model: call unprune_\(model\)"
     ):
         verify(model)
+
+
+def test_finding_the_first_difference_leaves_no_hooks(model: Any, broken: int) -> None:
+    before = model(random_images(1))
+    assert verify(model).first_block == broken
+    for block in model.blocks:
+        assert not block._forward_hooks
+        assert not block._forward_pre_hooks
+    assert torch.equal(model(random_images(1)), before)

@@ -1,4 +1,4 @@
-"""``cpvit demo``: a small model that comes with the package, pruned before your eyes."""
+"""``cpvit demo``: a small model that comes with the package, dense and pruned."""
 
 from __future__ import annotations
 

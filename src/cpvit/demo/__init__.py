@@ -1,4 +1,4 @@
-"""A demonstration without a download: a small Vision Transformer trained by this project, and its digits."""
+"""A demonstration without a download: a small Vision Transformer that comes with the package, and its images."""
 
 from cpvit.demo.digits import cluttered_digits, digits_model, load_digits_model
 from cpvit.demo.run import DemoResult, describe, run_demo

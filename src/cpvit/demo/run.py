@@ -1,4 +1,4 @@
-"""The demo: prune the Vision Transformer that comes with the package, measure both, draw what is left."""
+"""The demo: prune the packaged Vision Transformer, measure it dense and pruned, draw the surviving patches."""
 
 import statistics
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ _SECONDS = 6.0
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured: the untouched model (dense) against the same weights pruned."""
+    """What the demo measured: the untouched model (dense) and the same weights pruned."""
 
     images: int
     dense_accuracy_percent: float
     pruned_accuracy_percent: float
     agreement_percent: float
-    """Images that both models put in the same class."""
+    """Images that both models classify the same."""
     dense_macs: int
     """Multiply-accumulates of one image."""
     pruned_macs: int
@@ -42,7 +42,7 @@ class DemoResult:
 
     @property
     def speedup(self) -> float:
-        """Measured, how many times as many images per second."""
+        """Measured images per second, pruned over dense."""
         return self.pruned_images_per_s / self.dense_images_per_s
 
     @property
@@ -65,15 +65,15 @@ def run_demo(
     images: int | None = None,
     seed: int = 0,
 ) -> DemoResult:
-    """Prune the packaged model on cluttered digits it has never seen, measure both, and write a picture.
+    """Prune the packaged model, measure both on held-out cluttered digits, and write a picture.
 
     Args:
         output: The PNG file to write.
         keep_rate: Fraction of the patches left at the end.
-        schedule: How the pruning is spread over depth; "auto" measures on 64 training digits how far each
-            block looks, and prunes more where it looks farther.
+        schedule: How the pruning is spread over depth; "auto" measures each block's attention range on
+            64 training digits and prunes more where it is larger.
         images: How many test images to classify; None for every test digit once.
-        seed: Of the images' clutter.
+        seed: Seed of the clutter in the images.
 
     Example:
         >>> result = run_demo()
@@ -101,7 +101,7 @@ def run_demo(
 
 
 def describe(result: DemoResult) -> str:
-    """The result as a small table and a line on the schedule, for a terminal."""
+    """The result as a table and a line on the schedule, for the terminal."""
     plan = result.plan
     return "\n".join(
         [
@@ -133,7 +133,7 @@ def _run(model: Any, images: Tensor) -> _Run:
 
 
 def _images_per_s(dense: Any, pruned: Any, images: Tensor) -> tuple[float, float]:
-    """Median speed of both models on one batch, taking turns."""
+    """Median images per second of both models on one batch, timed alternately."""
     turns = interleave([lambda: dense(images), lambda: pruned(images)], images.device, _SECONDS)
     slow, fast = (statistics.median(seconds) for seconds in turns)
     return len(images) / slow, len(images) / fast

@@ -1,9 +1,9 @@
 """Train the demo's Vision Transformer from scratch, on the CPU.
 
-What is different from the textbook: most steps see small canvases. A full canvas has 144 patches, of which a
-digit covers about a tenth, so a full-size step is four times the work for the same one digit. Most epochs
-therefore train on canvases of 6x6 patches with a random 6x6 window of the position embeddings, and the last
-ones on full canvases. Every epoch draws its digits in new poses on new clutter.
+Most steps use small canvases. A full canvas has 144 patches, of which a digit covers about a tenth, so a full-size
+step is four times the work for the same one digit. Most epochs therefore train on canvases of 6x6 patches with a random
+6x6 window of the position embeddings, and the last ones on full canvases. Every epoch draws its digits in new poses on
+new clutter.
 
 The packaged weights were made by
 
@@ -34,8 +34,8 @@ _WARMUP = 0.03  # of the work
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train: epochs on small canvases first, then epochs on full ones."""
+class TrainingConfig:
+    """How to train: first epochs on small canvases, then epochs on full ones."""
 
     small_epochs: int = 40
     full_epochs: int = 14
@@ -59,21 +59,21 @@ class Recipe:
         return (self.small_window,) * self.small_epochs + (GRID,) * self.full_epochs
 
 
-def train_digits(recipe: Recipe, *, progress: Callable[[int, float], None] | None = None) -> Any:
+def train_digits(config: TrainingConfig, *, progress: Callable[[int, float], None] | None = None) -> Any:
     """Train a fresh model and return it in evaluation mode.
 
     Args:
-        recipe: What to do.
+        config: Epochs, batch size, learning rate.
         progress: Called after each epoch with its number, from 1, and its mean loss.
     """
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(config.seed)
     model = digits_model().train()
     optimizer = torch.optim.AdamW(
-        _decay_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98)
+        _decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98)
     )
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe))
-    for epoch, window in enumerate(recipe.windows, start=1):
-        loss = _train_epoch(model, optimizer, rate, _batches(recipe, epoch, window), recipe.label_smoothing)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(config))
+    for epoch, window in enumerate(config.windows, start=1):
+        loss = _train_epoch(model, optimizer, rate, _batches(config, epoch, window), config.label_smoothing)
         if progress is not None:
             progress(epoch, loss)
     return model.eval()
@@ -98,7 +98,7 @@ def save_weights(model: Any, path: Path, metadata: dict[str, str]) -> None:
 
 
 def forward_window(model: Any, images: Tensor, *, row: int, column: int) -> Tensor:
-    """Logits of a canvas no larger than the model's, put in its grid with the corner at (row, column)."""
+    """Logits of a canvas of at most the model's size, placed in its patch grid with the corner at (row, column)."""
     size = images.shape[-1] // PATCH
     patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)  # [B K C]
     prefix, positions = model.pos_embed[:, :1], model.pos_embed[:, 1:].unflatten(1, (GRID, GRID))
@@ -125,11 +125,11 @@ def _train_epoch(
     return total / count
 
 
-def _batches(recipe: Recipe, epoch: int, window: int) -> Iterator[tuple[Tensor, Tensor]]:
-    # Seeds far from small numbers, which the demo and the tests use: no canvas of theirs is trained on.
-    seed = 1_000_000 * (recipe.seed + 1) + epoch
+def _batches(config: TrainingConfig, epoch: int, window: int) -> Iterator[tuple[Tensor, Tensor]]:
+    # Far from the small seeds of the demo and the tests: their canvases are never trained on.
+    seed = 1_000_000 * (config.seed + 1) + epoch
     images, labels = cluttered_digits("train", seed=seed, side=window * PATCH)
-    return _chunks(images, labels, recipe.batch)
+    return _chunks(images, labels, config.batch)
 
 
 def _chunks(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,13 +147,13 @@ def _decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _warmup_cosine(recipe: Recipe) -> Callable[[int], float]:
-    """The learning rate over the steps, by the work done rather than by their number.
+def _warmup_cosine(config: TrainingConfig) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear warm-up, then cosine over the patches seen, not over the steps.
 
-    By number, the few long epochs on full canvases would fall to a rate too small to learn from them.
+    Over the steps, the last epochs, on full canvases, would get too small a rate to learn from them.
     """
-    per_epoch = math.ceil(len(cluttered_digits("train", side=32)[1]) / recipe.batch)
-    done = list(accumulate(window**2 for window in recipe.windows for _ in range(per_epoch)))
+    per_epoch = math.ceil(len(cluttered_digits("train", side=32)[1]) / config.batch)
+    done = list(accumulate(window**2 for window in config.windows for _ in range(per_epoch)))
 
     def rate(step: int) -> float:
         share = done[min(step, len(done) - 1)] / done[-1]
@@ -167,14 +167,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m cpvit.demo.train", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--small-epochs", type=int, default=Recipe.small_epochs, help="epochs on 6x6 patches")
-    parser.add_argument("--full-epochs", type=int, default=Recipe.full_epochs, help="epochs on full canvases")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument(
+        "--small-epochs", type=int, default=TrainingConfig.small_epochs, help="epochs on 6x6 patches"
+    )
+    parser.add_argument(
+        "--full-epochs", type=int, default=TrainingConfig.full_epochs, help="epochs on full canvases"
+    )
+    parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser.parse_args(arguments)
 
 
-def _train_with_progress(recipe: Recipe, console: Console) -> Any:
+def _train_with_progress(config: TrainingConfig, console: Console) -> Any:
     columns = (
         TextColumn("epoch"),
         MofNCompleteColumn(),
@@ -182,23 +186,23 @@ def _train_with_progress(recipe: Recipe, console: Console) -> Any:
         TextColumn("loss {task.fields[loss]:.3f}"),
     )
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("train", total=len(recipe.windows), loss=math.nan)
-        return train_digits(recipe, progress=lambda epoch, loss: bar.update(task, completed=epoch, loss=loss))
+        task = bar.add_task("train", total=len(config.windows), loss=math.nan)
+        return train_digits(config, progress=lambda epoch, loss: bar.update(task, completed=epoch, loss=loss))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, measure on digits never trained on, and write the weights with what was done as metadata."""
+    """Train, measure the accuracy on held-out digits, and write the weights with the command as metadata."""
     given = _parse(arguments)
-    recipe = Recipe(small_epochs=given.small_epochs, full_epochs=given.full_epochs, seed=given.seed)
+    config = TrainingConfig(small_epochs=given.small_epochs, full_epochs=given.full_epochs, seed=given.seed)
     torch.set_num_threads(given.threads)
     console = Console()
     start = time.perf_counter()
-    model = _train_with_progress(recipe, console)
+    model = _train_with_progress(config, console)
     minutes = (time.perf_counter() - start) / 60
     accuracy = accuracy_percent(model, *cluttered_digits("test", seed=0))
     command = (
-        f"python -m cpvit.demo.train --output {given.output.name} --small-epochs {recipe.small_epochs} "
-        f"--full-epochs {recipe.full_epochs} --seed {recipe.seed}"
+        f"python -m cpvit.demo.train --output {given.output.name} --small-epochs {config.small_epochs} "
+        f"--full-epochs {config.full_epochs} --seed {config.seed}"
     )
     save_weights(model, given.output, {"command": command, "test_accuracy_percent": f"{accuracy:.2f}"})
     console.print(

@@ -1,7 +1,7 @@
-"""Kernels for the one thing torch has none for: attention output and column maxima without the N x N matrix.
+"""Kernels for attention output and column maxima without storing the N x N matrix, which torch does not provide.
 
-Chosen by name in ``prune_(..., attention_kernel=...)``; nothing is chosen by itself. "eager" is torch's own
-operations (:mod:`cpvit.attention`). "triton" (:mod:`cpvit.kernels.triton_attention`) is for CUDA.
+Selected by name with ``prune_(..., attention_kernel=...)``, never automatically. "eager" is torch's own operations
+(:mod:`cpvit.attention`). "triton" (:mod:`cpvit.kernels.triton_attention`) is for CUDA.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KernelName: TypeAlias = Literal["eager", "triton"]
 
 
 def kernel_named(name: str, device: torch.device) -> ScoredAttention | None:
-    """The kernel to score with on this device; None stands for torch's own operations.
+    """The kernel of this name for this device; None means torch's own operations.
 
     Raises:
         ValueError: No such kernel, or it cannot run here.

@@ -1,8 +1,8 @@
-"""CUDA graphs: a forward recorded once and replayed, for batches too small to keep a GPU busy.
+"""CUDA graphs: a forward captured once and replayed, for batches too small to keep a GPU busy.
 
-At batch 1 a pruned Vision Transformer spends its time launching kernels, and pruning adds some: which tokens stay
-is decided by a dozen small ones per block. A graph launches all of them at once. It works since a pruned model's
-shapes do not depend on the images: every image keeps the same number of tokens.
+At batch 1 a Vision Transformer is bound by kernel launches, and pruning adds about a dozen small kernels per block. A
+graph launches all of them at once. A pruned model can be captured because its shapes do not depend on the images:
+every image keeps the same number of tokens.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 WARM_UP = 3
-"""Forwards before the recording: libraries choose their kernels and take their workspaces in the first."""
+"""Forwards before the capture: libraries select kernels and allocate workspaces in the first ones."""
 
 
 class CapturedModel:
-    """A model recorded for one shape of input; call it like the model.
+    """A model captured for one input shape; call it like the model.
 
-    It replays the weights where they lie: weights changed in place are seen, a model pruned anew, moved or cast is
-    not, so capture it again then.
+    The graph reads the weights at their addresses: weights changed in place take effect. A model that was pruned again,
+    moved or cast must be captured again.
 
     Args:
         model: Dense or pruned, in eval mode, on a CUDA device.
-        images: [B 3 H W] on the same device; the values do not matter, shape and type do.
+        images: [B 3 H W] on the same device; only shape and dtype matter.
 
     Raises:
         RuntimeError: There is no CUDA device.
-        ValueError: The model trains, or model or images are not on a CUDA device.
+        ValueError: The model is in training mode, or model or images are not on a CUDA device.
 
     Example:
         >>> prune_(model, PruneConfig(macs=0.6))
@@ -47,7 +47,7 @@ class CapturedModel:
                 self._output = model(self._images)
 
     def __call__(self, images: Tensor) -> Any:
-        """What the model gives for ``images``, in memory of its own.
+        """The model's output for ``images``, in new memory.
 
         Raises:
             ValueError: The images differ in shape, type or device from those the model was captured with.
@@ -60,7 +60,7 @@ class CapturedModel:
 
 
 def check_same(captured: Tensor, images: Tensor) -> None:
-    """Raise ValueError unless a recording for ``captured`` fits ``images``."""
+    """Raise ValueError unless a graph captured for ``captured`` can take ``images``."""
     for what in ("shape", "dtype", "device"):
         expected, got = getattr(captured, what), getattr(images, what)
         if expected != got:
@@ -71,14 +71,16 @@ def check_same(captured: Tensor, images: Tensor) -> None:
             )
 
 
-def _check(model: nn.Module, images: Tensor) -> None:
+def check_devices(model: nn.Module, images: Tensor) -> None:
+    """Raise unless model and images are where a CUDA graph can be captured.
+
+    Raises:
+        RuntimeError: There is no CUDA device.
+        ValueError: Model or images are not on a CUDA device.
+    """
     if not torch.cuda.is_available():
         raise RuntimeError(
             "CapturedModel needs a CUDA device and torch sees none; call the model itself, or torch.compile it"
-        )
-    if model.training:
-        raise ValueError(
-            "CapturedModel is for inference and the model is in training mode; call model.eval() first"
         )
     for what, device in (("model", next(model.parameters()).device), ("images", images.device)):
         if device.type != "cuda":
@@ -87,8 +89,16 @@ def _check(model: nn.Module, images: Tensor) -> None:
             )
 
 
+def _check(model: nn.Module, images: Tensor) -> None:
+    if model.training:
+        raise ValueError(
+            "CapturedModel is for inference and the model is in training mode; call model.eval() first"
+        )
+    check_devices(model, images)
+
+
 def _warm_up(model: nn.Module, images: Tensor) -> None:
-    """On a stream of its own, as a recording needs."""
+    """Run on a side stream, as graph capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,12 +1,12 @@
 """Triton: attention output and column maxima in two passes over tiles; the N x N matrix is never stored.
 
 With logits s_ij = scale * q_i k_j + bias_ij, the first pass is flash attention (arXiv 2205.14135): it gives the
-output and the logarithm of every row's sum, L_i = log sum_j exp(s_ij). The second recomputes the tiles with the
-roles changed: each program holds some keys, runs over all queries, and finds
+output and the logarithm of every row's sum, L_i = log sum_j exp(s_ij). The second recomputes the tiles the
+other way round: each program holds a tile of keys, loops over all queries, and computes
 
     max_i A_ij = exp(max_i (s_ij - L_i)).
 
-Every program writes what no other does: no atomics, so the result does not depend on the order they run in.
+No two programs write the same element: there are no atomics, and the result is deterministic.
 
 Legend: B images, H heads, N tokens, D head dimension.
 """
@@ -29,10 +29,10 @@ TILE = 64
 def scored_attention(inputs: AttentionInputs) -> Attended:
     """Output [B H N D] and column maxima [B H N] (float32).
 
-    Meta tensors, which stand for shapes alone, take torch's own operations: their multiplications are counted.
+    Meta tensors (used to count MACs) take torch's own operations.
 
     Raises:
-        RuntimeError: Tensors that are not on a CUDA device, or that autograd follows.
+        RuntimeError: Tensors that are not on a CUDA device, or that require grad.
         ValueError: A head dimension above 128, attention dropout, or a type other than float32, bfloat16, float16.
     """
     if inputs.query.device.type == "meta":
@@ -59,7 +59,7 @@ def _refuse(inputs: AttentionInputs) -> None:
 
 
 def check(inputs: AttentionInputs) -> None:
-    """Raise ValueError for what the kernel cannot do."""
+    """Raise ValueError for inputs that the kernel does not support."""
     head_dim, dtype = inputs.query.shape[3], inputs.query.dtype
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
@@ -71,7 +71,7 @@ def check(inputs: AttentionInputs) -> None:
         )
     if inputs.dropout:
         raise ValueError(
-            "attention_kernel='triton' knows no attention dropout; call model.eval(), or use 'eager'"
+            "attention_kernel='triton' has no attention dropout; call model.eval(), or use 'eager'"
         )
 
 
@@ -83,7 +83,7 @@ def check(inputs: AttentionInputs) -> None:
 def _column_maxima(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One operation for torch.compile and torch.export: query, key, value [B H N D] -> [B H N D], [B H N]."""
+    """One custom op for torch.compile and torch.export: query, key, value [B H N D] -> [B H N D], [B H N]."""
     return column_maxima(query, key, value, bias, scale)
 
 
@@ -166,12 +166,12 @@ def _forward(
     heads, tokens, scale,
     has_bias: tl.constexpr, head_dim: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """First pass: a tile of queries meets all keys."""
+    """First pass: a tile of queries, all keys."""
     number = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * tile + tl.arange(0, tile)
     d = tl.arange(0, width)
     q = _rows(query, number, heads, q_b, q_h, q_n, q_d, i, d, tokens, head_dim)
-    highest = tl.full([tile], -1e30, tl.float32)  # finite: rows outside hold nothing but -inf
+    highest = tl.full([tile], -1e30, tl.float32)  # finite: rows outside are all -inf
     total = tl.zeros([tile], tl.float32)
     mixed = tl.zeros([tile, width], tl.float32)
     for start in range(0, tokens, tile):
@@ -200,7 +200,7 @@ def _maxima(
     heads, tokens, scale,
     has_bias: tl.constexpr, head_dim: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    """Second pass: a tile of keys meets all queries."""
+    """Second pass: a tile of keys, all queries."""
     number = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * tile + tl.arange(0, tile)
     d = tl.arange(0, width)

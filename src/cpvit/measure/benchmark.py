@@ -19,7 +19,7 @@ from torch import nn
 
 from cpvit.adapters import Host
 from cpvit.data import Batches
-from cpvit.kernels.cuda_graphs import CapturedModel
+from cpvit.kernels.cuda_graphs import CapturedModel, check_devices
 from cpvit.machine.align import resolve_align
 from cpvit.machine.block_profiler import random_images
 from cpvit.machine.environment import describe_environment
@@ -149,6 +149,8 @@ class _Stage:
         self.options = options
         self.batches = batches
         self.images = random_images(self.dense, options.batch_size, options.seed)
+        if options.cuda_graphs:  # before anything is measured
+            check_devices(self.dense.model, self.images)
 
     def prune(
         self, name: str, config: PruneConfig | Plan, calibration: Calibration | None, on_message: OnMessage

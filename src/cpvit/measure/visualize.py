@@ -1,7 +1,7 @@
 """Draw which patches survive: one row per image, one column per stage of the pruning.
 
-Takes only pictures and positions, so it draws the trace of any method and knows none of them. Matplotlib is
-used through its object interface: no window opens, and a caller's own plots are left alone.
+The input is images and positions, so the trace of any method can be drawn. Matplotlib's object interface is used: no
+window opens, and figures of the caller are not changed.
 
 Legend: B images, L blocks, N patches of the whole grid, K patches that leave a block.
 """
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 MAX_STAGES = 6
 
-_REMOVED_TONE = 0.80  # removed patches fade towards the white page, as if cut out ...
-_REMOVED_LIGHT = 0.16  # ... and keep this much of their own light: enough to see what was given up
+_REMOVED_TONE = 0.80  # removed patches are drawn in light grey ...
+_REMOVED_CONTRAST = (
+    0.16  # ... plus this fraction of their own brightness, so that they can still be recognised
+)
 _GRID_TONE = (0.6, 0.6, 0.6, 0.28)
 _CELL_INCHES = 1.55
 _DPI = 120
@@ -30,7 +32,7 @@ _DPI = 120
 class _Stage:
     heading: str
     keep: Tensor  # [B N] bool
-    carrier: Tensor | None  # [B N] row of the token that carries each patch
+    carrier: Tensor | None  # [B N] index of the token that each patch was merged into
 
 
 def draw_survivors(
@@ -43,20 +45,20 @@ def draw_survivors(
     titles: Sequence[str] | None = None,
     carriers: Sequence[Tensor | None] | None = None,
 ) -> Path:
-    """Write a PNG that shows, image by image, which patches survive each stage.
+    """Write a PNG that shows, for each image, which patches survive each stage.
 
-    A stage is a block that lets fewer patches out than in; of more than six, six are picked evenly.
+    A stage is a block that removes or merges patches. Of more than six, six are picked evenly.
 
     Args:
         images: [B 3 H W] or [B 1 H W], from 0 to 1.
         survivors: For each of L blocks [B K], the original positions of the patches that leave it, counted
             row by row over the grid. K may differ from block to block.
         grid: Rows and columns of patches; rows * columns = N.
-        path: The PNG file to write; its folder is made if need be.
+        path: The PNG file to write; its folder is created if missing.
         blocks: Blocks to draw instead of the stages, counted from 0.
         titles: A few words for each image, written beside its row.
-        carriers: For methods that merge patches: for each block [B N], the row of the token that carries each
-            original patch, or None. Patches carried together are painted in their mean colour.
+        carriers: For methods that merge patches: for each block [B N], the index of the token that each original
+            patch was merged into, or None. Patches of the same token are painted in their mean colour.
 
     Example:
         >>> draw_survivors(images, trace.survivors, (14, 14), path="survivors.png")
@@ -75,7 +77,7 @@ def draw_survivors(
 def stages(counts: Sequence[int], patches: int, *, limit: int = MAX_STAGES) -> tuple[int, ...]:
     """Blocks after which fewer patches are left than before, at most `limit` of them, evenly picked.
 
-    The first and the last are always among them; where nothing was pruned, the last block stands for all.
+    The first and the last are always among them; if nothing was pruned, only the last block is returned.
 
     Example:
         >>> stages([16, 12, 12, 8], 16)
@@ -173,11 +175,11 @@ def _picture(image: Tensor, grid: tuple[int, int], keep: Tensor, carrier: Tensor
         image = _merge_colours(image, grid, carrier)
     height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
     mask = keep.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
-    return torch.where(mask, image, _REMOVED_TONE + _REMOVED_LIGHT * image.mean(0, keepdim=True))
+    return torch.where(mask, image, _REMOVED_TONE + _REMOVED_CONTRAST * image.mean(0, keepdim=True))
 
 
 def _merge_colours(image: Tensor, grid: tuple[int, int], carrier: Tensor) -> Tensor:
-    """Paint each group of several patches in its mean colour; a patch carried alone stays as it is."""
+    """Paint each group of merged patches in its mean colour; patches that were not merged stay as they are."""
     height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
     cells = (
         image.unflatten(1, (grid[0], height))
@@ -185,7 +187,7 @@ def _merge_colours(image: Tensor, grid: tuple[int, int], carrier: Tensor) -> Ten
         .permute(1, 3, 0, 2, 4)
         .flatten(0, 1)
     )
-    group = carrier.unique(return_inverse=True)[1]  # [N] numbers without gaps
+    group = carrier.unique(return_inverse=True)[1]  # [N] group number of each patch, 0, 1, 2 ...
     size = group.bincount()
     total = torch.zeros(len(size), 3).index_add_(0, group, cells.mean(dim=(2, 3)))
     mean = (total / size[:, None])[group]
@@ -218,8 +220,8 @@ def _axes(rows: int, columns: int, aspect: float, titles: Sequence[str] | None) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    beside = 0.075 * max((len(line) for title in titles or () for line in title.split("\n")), default=0)
-    size = (columns * _CELL_INCHES + beside, rows * _CELL_INCHES * aspect + 0.5)
+    label_width = 0.075 * max((len(line) for title in titles or () for line in title.split("\n")), default=0)
+    size = (columns * _CELL_INCHES + label_width, rows * _CELL_INCHES * aspect + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.035, h_pad=0.035, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]

@@ -1,4 +1,4 @@
-"""The methods by name. The paper's own is in :mod:`cpvit.core`; the others are here, one file each."""
+"""All methods by name. The paper's method is in :mod:`cpvit.core`, the others are in this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 
 def method_named(name: str) -> Method:
-    """Look a method up.
+    """Return the method of this name.
 
     Raises:
         ValueError: No such method.

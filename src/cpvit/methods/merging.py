@@ -1,7 +1,7 @@
-"""What the merging methods share: similarity of tokens, and one token taking the place of several.
+"""What the merging methods share: the keys to compare tokens by, and averaging source tokens into destinations.
 
-Legend: B images, H heads, P prefix tokens, n patch tokens, r of them leaving, k = n - r staying, D head
-dimension, C channels.
+Legend: B images, H heads, P prefix tokens, n patch tokens, r sources (merged into another token), k = n - r kept
+tokens, D head dimension, C channels.
 """
 
 from __future__ import annotations
@@ -14,88 +14,96 @@ from cpvit.core import TokenState, accumulator_dtype, flat_rows, take, take_toke
 
 
 def mean_keys(inputs: AttentionInputs, num_prefix: int) -> Tensor:
-    """Mean over heads of the keys of the patches: [B H P+n D] -> [B n D]; their cosine is ToMe's metric."""
+    """Mean over heads of the patches' keys: [B H P+n D] -> [B n D]. ToMe compares tokens by their cosine."""
     return inputs.key[:, :, num_prefix:].mean(dim=1)
 
 
 def merge(
     x: Tensor,
     state: TokenState,
-    leaving: Tensor,
-    into: Tensor,
-    staying: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    kept: Tensor,
     num_prefix: int,
     *,
     keep_length: bool = False,
 ) -> tuple[Tensor, TokenState]:
-    """Average every leaving patch token into one that stays, weighted by the patches each stands for.
+    """Average every source token into its destination, weighted by the patches each token stands for.
 
     Args:
         x: [B P+n C].
-        state: Of the n tokens; must track carriers.
-        leaving: [B r] indices of the tokens that leave.
-        into: [B r] for each of them, its place within ``staying``.
-        staying: [B k] indices of the tokens that stay, in their new order.
+        state: Of the n patch tokens.
+        sources: [B r] indices of the tokens to merge away.
+        destinations: [B r] for each source, the index within ``kept`` of the token it is merged into.
+        kept: [B k] indices of the tokens that stay, in their new order.
         num_prefix: P.
-        keep_length: Stretch each average to the length of the longest token in it (MLERP of "Token Fusion", arXiv
-            2312.01026): the mean of tokens that differ is shorter than any of them, and blocks notice.
+        keep_length: Scale each average to the norm of the longest token in it (MLERP of "Token Fusion", arXiv
+            2312.01026). The mean of tokens that differ is shorter than each of them, which later blocks were not
+            trained for.
 
     Returns:
         [B P+k C] and the state of the k tokens.
 
-    What leaves is added to the hosts' rows, so the many tokens that take none in are only copied. Whatever the guests
-    of one host have in common comes from comparing guests with guests [B r r], never from reading back what was
-    just added up: a compiler that fuses the two loops reads before all have arrived (seen with torch 2.15's inductor).
+    Only the rows of destinations are written (``index_add_``); all other kept tokens are copied. What the sources of
+    one destination have in common is computed by comparing sources with sources [B r r], never by reading the summed
+    rows back: a compiler that fuses the two loops reads them before all sources were added (seen with the inductor of
+    torch 2.15).
     """
-    size = state.size if state.size is not None else ones_like_score(x[:, num_prefix:])
-    host = take(staying, into)
-    guests, hosts = take(x, leaving + num_prefix), take(x, host + num_prefix)
-    together = into.unsqueeze(2) == into.unsqueeze(1)
-    gone = take(size, leaving)
-    share = gone / (take(size, host) + (together * gone.unsqueeze(1)).sum(dim=2))
-    step = (guests - hosts) * share.unsqueeze(-1).to(x.dtype)
+    size = state.size if state.size is not None else initial_sizes(x[:, num_prefix:])
+    destination = take(kept, destinations)
+    source_tokens, destination_tokens = take(x, sources + num_prefix), take(x, destination + num_prefix)
+    same = destinations.unsqueeze(2) == destinations.unsqueeze(1)
+    source_size = take(size, sources)
+    weight = source_size / (take(size, destination) + (same * source_size.unsqueeze(1)).sum(dim=2))
+    step = (source_tokens - destination_tokens) * weight.unsqueeze(-1).to(x.dtype)
     if keep_length:
-        step = _stretched(guests, hosts, step, together)
-    merged = take_tokens(x, staying, num_prefix)
-    rows = flat_rows(into + num_prefix, merged.shape[1])
+        step = _rescaled(source_tokens, destination_tokens, step, same)
+    merged = take_tokens(x, kept, num_prefix)
+    rows = flat_rows(destinations + num_prefix, merged.shape[1])
     merged.flatten(0, 1).index_add_(0, rows, step.flatten(0, 1))
     return merged, state._replace(
-        positions=take(state.positions, staying),
-        score=None if state.score is None else take(state.score, staying),
-        size=take(size, staying) + _received(gone, into, staying),
-        carrier=_carriers(state, leaving, into, staying),
+        positions=take(state.positions, kept),
+        score=None if state.score is None else take(state.score, kept),
+        size=take(size, kept) + _received(source_size, destinations, kept),
+        carrier=_carriers(state, sources, destinations, kept),
     )
 
 
-def _received(gone: Tensor, into: Tensor, staying: Tensor) -> Tensor:
-    """Patches that each of k staying tokens takes in: [B k]."""
-    places = torch.arange(staying.shape[1], device=staying.device)
-    return ((into.unsqueeze(1) == places.view(1, -1, 1)) * gone.unsqueeze(1)).sum(dim=2)
+def _received(source_size: Tensor, destinations: Tensor, kept: Tensor) -> Tensor:
+    """Number of patches merged into each of the k kept tokens: [B k]."""
+    index = torch.arange(kept.shape[1], device=kept.device)
+    return ((destinations.unsqueeze(1) == index.view(1, -1, 1)) * source_size.unsqueeze(1)).sum(dim=2)
 
 
-def _stretched(guests: Tensor, hosts: Tensor, step: Tensor, together: Tensor) -> Tensor:
-    """Steps [B r C] that end, all guests of a host together, at their mean stretched to the longest of them."""
-    means = hosts + together.to(step.dtype) @ step
-    longest = torch.maximum(_length(hosts), (together * _length(guests).unsqueeze(1)).amax(dim=2))
-    factor = longest / _length(means).clamp_min(1e-12)
-    count = together.sum(dim=2).unsqueeze(-1)
-    return (means * factor.unsqueeze(-1).to(means.dtype) - hosts) / count
+def _rescaled(source_tokens: Tensor, destination_tokens: Tensor, step: Tensor, same: Tensor) -> Tensor:
+    """Steps [B r C] whose sum over the sources of one destination leads to their rescaled mean.
+
+    ``same`` [B r r] says which sources share a destination. The sources of one destination get equal steps.
+    """
+    means = destination_tokens + same.to(step.dtype) @ step
+    longest = torch.maximum(_norm(destination_tokens), (same * _norm(source_tokens).unsqueeze(1)).amax(dim=2))
+    factor = longest / _norm(means).clamp_min(1e-12)
+    count = same.sum(dim=2).unsqueeze(-1)
+    return (means * factor.unsqueeze(-1).to(means.dtype) - destination_tokens) / count
 
 
-def _length(tokens: Tensor) -> Tensor:
+def _norm(tokens: Tensor) -> Tensor:
     """[B r C] -> [B r], at least float32."""
     return torch.linalg.vector_norm(tokens, dim=-1, dtype=accumulator_dtype(tokens))
 
 
-def ones_like_score(patches: Tensor) -> Tensor:
-    """Sizes before anything was merged: [B n C] -> [B n], at least float32."""
+def initial_sizes(patches: Tensor) -> Tensor:
+    """Token sizes before any merge, all 1: [B n C] -> [B n], at least float32."""
     return torch.ones(patches.shape[:2], dtype=accumulator_dtype(patches), device=patches.device)
 
 
-def _carriers(state: TokenState, leaving: Tensor, into: Tensor, staying: Tensor) -> Tensor | None:
+def _carriers(state: TokenState, sources: Tensor, destinations: Tensor, kept: Tensor) -> Tensor | None:
+    """Old token index of every patch -> new token index: [B N0]."""
     if state.carrier is None:
         return None
     tokens = state.positions.shape[1]
-    places = torch.arange(staying.shape[1], device=staying.device).expand_as(staying)
-    row = staying.new_zeros(staying.shape[0], tokens).scatter(1, staying, places).scatter(1, leaving, into)
-    return take(row, state.carrier)
+    index = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    new_index = (
+        kept.new_zeros(kept.shape[0], tokens).scatter(1, kept, index).scatter(1, sources, destinations)
+    )
+    return take(new_index, state.carrier)

@@ -1,10 +1,10 @@
 """PiToMe: "Accelerating Transformers with Spectrum-Preserving Token Merging", arXiv 2405.16148 (Tran et al.).
 
-A token's *energy* (Eq. 4 of the paper) is the mean, over all tokens, of ELU(cosine - margin): high for tokens
-with many likenesses. Tokens of high energy are merged, tokens of low energy are protected. As in the authors'
-code for ViTs: the margin falls from 0.75 linearly with depth; in the first half of the blocks all tokens are
-dealt into two sides by the rank of their energy and the most similar pairs merge; in the second half only the
-2r tokens of highest energy are dealt, and every one of the first side merges; attention is not proportional.
+The *energy* of a token (Eq. 4 of the paper) is the mean over all tokens of ELU(cosine - margin): it is high for tokens
+that are similar to many others. Tokens of high energy are merged, tokens of low energy are protected. As in the
+authors' code for ViTs: the margin falls from 0.75 to 0 linearly with depth; in the first half of the blocks all tokens
+are split alternately by rank of energy into sources and destinations, and the most similar pairs merge; in the second
+half only the 2r tokens of highest energy are split, and every source merges; attention is not proportional to size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOP_MARGIN = 0.75
 
 
 class PiToMe:
-    """Energy-protected merging."""
+    """Merging that protects tokens of low energy."""
 
     name = "pitome"
     evidence: EvidenceKind = "none"
@@ -32,52 +32,52 @@ class PiToMe:
     proportional = False
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
-        """Nothing to account for."""
+        """Nothing is scored."""
         return state
 
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
-        """Merge ``n - step.keep`` tokens into others of high energy."""
+        """Merge ``n - step.keep`` tokens of high energy into others of high energy."""
         keys = F.normalize(mean_keys(inputs, num_prefix), dim=-1)
         similarity = keys @ keys.transpose(1, 2)
         energy = F.elu(similarity - TOP_MARGIN * (1 - step.depth)).mean(dim=-1)
         by_energy = energy.argsort(dim=1, descending=True)
-        pair = _strongest_pairs if step.depth < 0.5 else _highest_energy
-        leaving, target, staying = pair(similarity, by_energy, state.positions.shape[1] - step.keep)
-        return merge(x, state, leaving, _places(target, staying), staying, num_prefix)
+        match = _most_similar_pairs if step.depth < 0.5 else _highest_energy
+        sources, destinations, kept = match(similarity, by_energy, state.positions.shape[1] - step.keep)
+        return merge(x, state, sources, _index_in(kept, destinations), kept, num_prefix)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Every token with every other."""
+        """Similarity of every token with every other."""
         return patches**2 * head_dim
 
 
-def _strongest_pairs(similarity: Tensor, by_energy: Tensor, removed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Deal all tokens by rank; the ``removed`` most similar pairs merge: leaving, target [B r], staying [B k]."""
+def _most_similar_pairs(similarity: Tensor, by_energy: Tensor, removed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split all tokens by rank; the ``removed`` most similar pairs merge: sources, destinations [B r], kept [B k]."""
     first, second = by_energy[:, ::2], by_energy[:, 1::2]
     best = _between(similarity, first, second).max(dim=2)
     order = best.values.argsort(dim=1, descending=True)
-    edges, rest = order[:, :removed], order[:, removed:]
-    target = take(second, take(best.indices, edges))
-    return take(first, edges), target, torch.cat([take(first, rest), second], dim=1)
+    edges, unmerged = order[:, :removed], order[:, removed:]
+    destinations = take(second, take(best.indices, edges))
+    return take(first, edges), destinations, torch.cat([take(first, unmerged), second], dim=1)
 
 
 def _highest_energy(similarity: Tensor, by_energy: Tensor, removed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Deal the 2r tokens of highest energy; each of the first side merges: leaving, target [B r], staying [B k]."""
+    """Split the 2r tokens of highest energy; every source merges: sources, destinations [B r], kept [B k]."""
     mergeable, protected = by_energy[:, : 2 * removed], by_energy[:, 2 * removed :]
-    first, second = mergeable[:, ::2], mergeable[:, 1::2]
-    partner = _between(similarity, first, second).argmax(dim=2)
-    return first, take(second, partner), torch.cat([protected, second], dim=1)
+    sources, candidates = mergeable[:, ::2], mergeable[:, 1::2]
+    partner = _between(similarity, sources, candidates).argmax(dim=2)
+    return sources, take(candidates, partner), torch.cat([protected, candidates], dim=1)
 
 
 def _between(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Similarity of the chosen tokens: [B n n], [B a], [B b] -> [B a b]."""
+    """Rows and columns of the similarities, for each image: [B n n], [B a], [B b] -> [B a b]."""
     chosen = take(similarity, rows)
     return chosen.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
 
 
-def _places(target: Tensor, staying: Tensor) -> Tensor:
-    """Where each target token stands among those that stay: [B r], [B k] -> [B r]."""
-    places = torch.arange(staying.shape[1], device=staying.device).expand_as(staying)
-    total = target.new_zeros(staying.shape[0], int(staying.shape[1] + target.shape[1]))
-    return take(total.scatter(1, staying, places), target)
+def _index_in(kept: Tensor, tokens: Tensor) -> Tensor:
+    """Index of each of the tokens [B r] in ``kept`` [B k]: [B r]."""
+    index = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    total = tokens.new_zeros(kept.shape[0], int(kept.shape[1] + tokens.shape[1]))
+    return take(total.scatter(1, kept, index), tokens)

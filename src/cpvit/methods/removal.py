@@ -1,9 +1,9 @@
-"""Methods that remove tokens by the score of the current block alone, to compare with.
+"""Baselines that remove tokens by the score of the current block alone.
 
 * EViT: "Not All Patches are What You Need", arXiv 2202.07800 (Liang et al.): keep the patches the class token
   attends to most (mean over heads); fuse the others into one token, weighted by that attention (Sec. 3.3).
 * Top-K: the same score without the fused token, as in "Which Tokens to Use?", arXiv 2308.04657.
-* Random: the floor any score has to beat.
+* Random: a fixed random choice, the lower bound for every score.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class TopK:
         self.name = name
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
-        """Only this block's attention counts."""
+        """Replace the score by this block's attention."""
         return state._replace(score=patch_score(evidence, num_prefix))
 
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
-        """Keep the ``step.keep`` best."""
+        """Keep the ``step.keep`` patches of highest score."""
         assert state.score is not None
         return remove(x, state, highest(state.score, step.keep), num_prefix)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Removing multiplies nothing."""
+        """0: removal needs no multiplications."""
         return 0
 
 
 class EViT(TopK):
-    """Keep one patch fewer, and let one fused token stand for all that leave."""
+    """Keep one patch fewer, and fuse all removed patches into one token."""
 
     merges = True
 
@@ -55,31 +55,31 @@ class EViT(TopK):
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
     ) -> tuple[Tensor, TokenState]:
-        """The ``step.keep - 1`` best patches and the fused token: [B P+n C] -> [B P+step.keep C]."""
+        """The ``step.keep - 1`` patches of highest score, then the fused token: [B P+n C] -> [B P+step.keep C]."""
         assert state.score is not None
         order = state.score.argsort(dim=1, descending=True)
-        kept, left = order[:, : step.keep - 1].sort(dim=1).values, order[:, step.keep - 1 :]
-        weight = take(state.score, left)
-        share = (weight / weight.sum(dim=1, keepdim=True)).to(x.dtype)
-        rows = torch.cat([kept, left[:, :1]], dim=1)
-        fewer = take_tokens(x, rows, num_prefix)
-        fewer[:, -1:] = share.unsqueeze(1) @ take(x, left + num_prefix)
-        return fewer, state._replace(
-            positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept, left)
+        kept, fused = order[:, : step.keep - 1].sort(dim=1).values, order[:, step.keep - 1 :]
+        score = take(state.score, fused)
+        weight = (score / score.sum(dim=1, keepdim=True)).to(x.dtype)
+        rows = torch.cat([kept, fused[:, :1]], dim=1)
+        reduced = take_tokens(x, rows, num_prefix)
+        reduced[:, -1:] = weight.unsqueeze(1) @ take(x, fused + num_prefix)
+        return reduced, state._replace(
+            positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept)
         )
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """The fused token: a weighted sum of those that leave."""
+        """The weighted sum that makes the fused token."""
         return (patches - keep + 1) * embed_dim
 
 
-def _carriers(state: TokenState, kept: Tensor, left: Tensor) -> Tensor | None:
-    """Patches that left are carried by the fused token, the last of the new ones."""
+def _carriers(state: TokenState, kept: Tensor) -> Tensor | None:
+    """New token index of every patch, [B N0]; that of the fused token is the last one."""
     if state.carrier is None:
         return None
-    places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    row = torch.full_like(state.positions, kept.shape[1]).scatter(1, kept, places)
-    return take(row, state.carrier)
+    index = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    new_index = torch.full_like(state.positions, kept.shape[1]).scatter(1, kept, index)
+    return take(new_index, state.carrier)
 
 
 class Random:
@@ -95,7 +95,7 @@ class Random:
     seed = 0
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
-        """Nothing to account for."""
+        """Nothing is scored."""
         return state
 
     def reduce(
@@ -105,14 +105,14 @@ class Random:
         return remove(x, state, highest(scramble(state.positions, self.seed), step.keep), num_prefix)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Removing multiplies nothing."""
+        """0: removal needs no multiplications."""
         return 0
 
 
 def scramble(positions: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) for each position that looks random and needs no generator: [B n] -> [B n].
+    """A pseudo-random number in [0, 1) for each position: [B n] -> [B n].
 
-    The fractional part of a large sine: enough to pick patches, and it compiles and exports.
+    The fractional part of a scaled sine. It needs no generator, so it compiles and exports.
     """
     value = torch.sin(positions.double() * 12.9898 + (seed + 1) * 78.233) * 43758.5453
     return value - value.floor()

@@ -107,7 +107,7 @@ class _Run:
                 state,
                 num_prefix=cascade.host.num_prefix,
                 extra=extra,
-                watch=any(watcher.attention for watcher in cascade.watchers),
+                return_probs=any(watcher.attention for watcher in cascade.watchers),
                 kernel=cascade.kernel,
             )
 
