@@ -10,8 +10,8 @@ from typing import Any
 import timm
 import torch
 
-from cpvit.adapters import SUPPORTED, UnsupportedModelError, open_host
-from cpvit.commands.common import progress, say
+from cpvit.adapters import SUPPORTED, UnsupportedModelError
+from cpvit.commands.common import open_named, progress, say
 from cpvit.commands.tables import table
 from cpvit.weights.create import ORIGINAL_MODELS
 
@@ -38,7 +38,7 @@ def run(pattern: str = "", json: Path | None = None) -> None:
 
 
 TIMM_MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
-"""Files of timm with models the adapters know; every other name would be built only to be refused."""
+"""timm's modules with models that the adapters know; no other model is built."""
 
 
 def _rows(pattern: str) -> list[dict[str, object]]:
@@ -54,7 +54,7 @@ def _row(name: Any) -> dict[str, object] | None:
     """One model, built without memory for its weights; None if it cannot be pruned."""
     try:
         with torch.device("meta"):
-            host = open_host(timm.create_model(ORIGINAL_MODELS.get(name, name)))
+            host = open_named(name)
     except UnsupportedModelError:
         return None
     height, width = host.image_shape[1:]

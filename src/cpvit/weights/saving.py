@@ -194,7 +194,7 @@ def _read_saved(file: Path) -> SavedModel:
     names = {key: name for name, key in KEYS.items()}
     try:
         spec = None if values["recipe"] is None else ModelSpec(**values["recipe"])
-        fields: dict[str, Any] = {names.get(key, key): value for key, value in values.items()}
+        fields: dict[str, Any] = {names.get(str(key), str(key)): value for key, value in values.items()}
         return SavedModel(**{**fields, "spec": spec})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not what save_pruned wrote ({error}); save the model again") from None

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from cpvit.adapters import Host
-from cpvit.adapters.hf import MODELS as TRANSFORMERS_MODELS
+from cpvit.adapters.hf_families import MODELS as TRANSFORMERS_MODELS
 from cpvit.plans.plan import Plan
 from cpvit.pruning.prune import prune_
 
