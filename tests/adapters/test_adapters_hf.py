@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cpvit
-from cpvit.adapters import UnsupportedModelError, open_host
+from cpvit.adapters import UnsupportedModelError, hf_families, open_host
 from cpvit.adapters import hf as adapter
 from cpvit.plans.costs import cost_model
 from cpvit.plans.macs import count_macs
@@ -146,7 +146,7 @@ def tower(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def test_every_supported_class_is_tested() -> None:
-    assert set(BUILDERS) == set(adapter.MODELS)
+    assert set(BUILDERS) == set(hf_families.MODELS)
 
 
 def test_host_describes_the_model(model: nn.Module) -> None:
@@ -572,7 +572,7 @@ def test_what_cannot_be_pruned_is_refused_with_a_reason(make: Callable[[], nn.Mo
         open_host(make())
 
 
-@pytest.mark.parametrize("name", adapter.REFUSED)
+@pytest.mark.parametrize("name", hf_families.REFUSED)
 def test_every_refused_class_exists_and_is_refused_by_name(name: str) -> None:
     assert getattr(transformers, name)
     stand_in = type(name, (nn.Module,), {"__module__": "transformers.models"})()

@@ -200,7 +200,7 @@ def test_other_weights_to_start_from_are_a_difference(
 @pytest.fixture
 def seed_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The original command line, on ten images a split and a small model under the large one's name."""
-    monkeypatch.setattr("cpvit.weights.create.SEED_MODELS", {"ViT-B_16": "test_vit"})
+    monkeypatch.setattr("cpvit.weights.create.ORIGINAL_MODELS", {"ViT-B_16": "test_vit"})
     model = timm.create_model("test_vit", num_classes=1000, img_size=32)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     for split in ("train", "test"):

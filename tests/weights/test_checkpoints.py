@@ -246,6 +246,17 @@ def test_wrapped_state_dicts(tmp_path: Path, entry: str) -> None:
     assert_same_output(source, model)
 
 
+@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("plain", ["state_dict", "model_state_dict", "model"])
+def test_every_name_of_averaged_weights_comes_before_the_others(
+    tmp_path: Path, averaged: str, plain: str
+) -> None:
+    source, model = vit(), vit(seed=1)
+    content = {plain: vit(seed=2).state_dict(), averaged: source.state_dict()}
+    assert load_checkpoint(model, save(content, tmp_path / "w.pth")).entry == averaged
+    assert_same_output(source, model)
+
+
 def test_averaged_weights_come_first_and_the_report_says_so(tmp_path: Path) -> None:
     source, model = vit(), vit(seed=1)
     content = {"state_dict": vit(seed=2).state_dict(), "state_dict_ema": source.state_dict()}
@@ -370,10 +381,7 @@ def test_dinov2_swiglu(tmp_path: Path) -> None:
     assert_same_output(source, model)
 
 
-def test_clip_image_tower(tmp_path: Path) -> None:
-    source, model = vit(pre_norm=True), vit(seed=1, pre_norm=True)
-    with torch.no_grad():
-        source.head.bias.zero_()  # CLIP's projection has no bias
+def clip_layout(state: State) -> State:
     names = [
         ("patch_embed.proj", "conv1"),
         ("blocks.", "transformer.resblocks."),
@@ -387,16 +395,24 @@ def test_clip_image_tower(tmp_path: Path) -> None:
         ("pos_embed", "positional_embedding"),
         ("cls_token", "class_embedding"),
     ]
-    state = {}
-    for key, tensor in source.state_dict().items():
+    out = {}
+    for key, tensor in state.items():
         name = key.replace("norm.", "ln_post.") if key.startswith("norm.") else key
         for ours, theirs in names:
             name = name.replace(ours, theirs)
-        state[f"visual.{name}"] = tensor
-    state["visual.class_embedding"] = state["visual.class_embedding"].flatten()
-    state["visual.positional_embedding"] = state["visual.positional_embedding"][0]
-    state["visual.proj"] = state.pop("visual.head.weight").T.contiguous()
-    del state["visual.head.bias"]
+        out[f"visual.{name}"] = tensor
+    out["visual.class_embedding"] = out["visual.class_embedding"].flatten()
+    out["visual.positional_embedding"] = out["visual.positional_embedding"][0]
+    out["visual.proj"] = out.pop("visual.head.weight").T.contiguous()
+    del out["visual.head.bias"]
+    return out
+
+
+def test_clip_image_tower(tmp_path: Path) -> None:
+    source, model = vit(pre_norm=True), vit(seed=1, pre_norm=True)
+    with torch.no_grad():
+        source.head.bias.zero_()  # CLIP's projection has no bias
+    state = clip_layout(source.state_dict())
     text = {"transformer.resblocks.0.ln_1.weight": torch.ones(5), "logit_scale": torch.tensor(1.0)}
     report = load_checkpoint(model, save({**state, **text}, tmp_path / "clip.safetensors"))
     assert (report.layout, set(report.ignored)) == ("clip", set(text))
@@ -511,6 +527,9 @@ def test_a_wide_grid_keeps_its_aspect_ratio(tmp_path: Path) -> None:
     source, model = vit(img_size=(16, 48)), vit(seed=1, img_size=(32, 96))
     report = load_checkpoint(model, save(source.state_dict(), tmp_path / "w.pth"))
     assert report.pos_embed_resized == ((2, 6), (4, 12))
+    patches = source.pos_embed[:, 1:].unflatten(1, (2, 6)).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(patches, size=(4, 12), mode="bicubic", antialias=True)
+    assert torch.equal(model.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
 
 
 def test_as_many_positions_mean_the_same_grid(tmp_path: Path) -> None:
@@ -710,6 +729,21 @@ def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     state = vit().state_dict()
     state["nrom.weight"] = state.pop("norm.weight")
     refused(tmp_path, state, vit(), r"missing 1 \(norm\.weight\); unexpected 1 \(nrom\.weight\)")
+
+
+def test_tensors_that_no_layout_expects_are_refused(tmp_path: Path) -> None:
+    """Converting must not drop what it does not know."""
+    extra = {"adapter.weight": torch.zeros(2)}
+    clip, dinov2 = vit(pre_norm=True), vit(num_classes=0)
+    states: list[tuple[State, nn.Module]] = [
+        (clip_layout(clip.state_dict()), clip),
+        ({**dinov2.state_dict(), "mask_token": torch.zeros(1, WIDTH)}, dinov2),
+        ({**dinov2.state_dict(), "decoder_embed.weight": torch.zeros(5, WIDTH)}, dinov2),
+        (hf_vit(vit().state_dict(), HF4), vit()),
+        (seed_layout(vit().state_dict()), vit()),
+    ]
+    for state, model in states:
+        refused(tmp_path, {**state, **extra}, model, r"VisionTransformer: unexpected 1 \(adapter\.weight\)")
 
 
 def test_a_lone_query_is_reported(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from cpvit.weights.create import SEED_MODELS, create_model, resolve_model_name
+from cpvit.weights.create import ORIGINAL_MODELS, create_model, resolve_model_name
 
 
 def test_create_model_takes_classes_and_image_size() -> None:
@@ -23,12 +23,12 @@ def test_an_integer_image_size_is_square() -> None:
     assert model.patch_embed.grid_size == (2, 2)
 
 
-def test_every_seed_name_is_a_timm_model() -> None:
-    assert all(timm.is_model(resolve_model_name(name)) for name in SEED_MODELS)
+def test_every_original_name_is_a_timm_model() -> None:
+    assert all(timm.is_model(resolve_model_name(name)) for name in ORIGINAL_MODELS)
 
 
 @pytest.mark.parametrize(("name", "patch", "width"), [("ViT-B_16", 16, 768), ("ViT-B_32", 32, 768)])
-def test_seed_names_give_the_seed_architecture(name: str, patch: int, width: int) -> None:
+def test_original_names_give_the_original_architecture(name: str, patch: int, width: int) -> None:
     with torch.device("meta"):
         model: Any = create_model(name, num_classes=10)
     assert model.patch_embed.patch_size == (patch, patch)
@@ -36,9 +36,9 @@ def test_seed_names_give_the_seed_architecture(name: str, patch: int, width: int
     assert model.blocks[0].attn.qkv.bias is not None
 
 
-def test_seed_models_cannot_be_changed() -> None:
+def test_original_models_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        SEED_MODELS["mine"] = "vit_tiny_patch16_224"  # type: ignore[index]
+        ORIGINAL_MODELS["mine"] = "vit_tiny_patch16_224"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

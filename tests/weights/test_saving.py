@@ -22,7 +22,7 @@ from cpvit import Plan, PruneConfig, load_pruned, plan_of, prune_, save_pruned, 
 from cpvit.adapters import open_host
 from cpvit.data import Preprocessing
 from cpvit.weights.saving import FILES, VERSION
-from cpvit.weights.spec import Recipe, build, first_difference
+from cpvit.weights.spec import ModelSpec, build, first_difference
 
 PATCHES_ONLY = PruneConfig(keep_per_block=(30, 20, 9))
 WITH_HEADS = PruneConfig(keep_per_block=(30, 20, 9), head_keep_rate=0.4)
@@ -354,6 +354,90 @@ class TestUnknownBuilder:
             load_pruned(folder)
 
 
+# What save_pruned of version 0.1 wrote for a three-block ViT, with "recipe" for the model spec.
+OLD_MODEL = {
+    "recipe": {
+        "library": "timm",
+        "name": "vit_tiny_patch16_224",
+        "arguments": {
+            "img_size": [40, 56],
+            "patch_size": 8,
+            "in_chans": 3,
+            "num_classes": 11,
+            "global_pool": "token",
+            "embed_dim": 30,
+            "depth": 3,
+            "num_heads": 5,
+        },
+        "preprocessing": {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": [0.1, 0.2, 0.3]},
+    },
+    "no_recipe": "",
+    "dtype": "float32",
+    "dense_features": False,
+    "shared": {"blocks.1.norm1.bias": "blocks.0.norm1.bias"},
+    "version": 1,
+}
+OLD_PLAN = {
+    "model": "vit_tiny_patch16_224",
+    "method": "cpvit",
+    "num_patches": 35,
+    "num_prefix": 1,
+    "patches_per_block": [30, 20, 9],
+    "num_heads": [5, 5, 5],
+    "heads": None,
+    "head_correction": False,
+    "mask_heads": None,
+    "schedule": "explicit",
+    "dial": "keep_per_block",
+    "macs_ratio": 0.703673,
+    "calibration_images": 0,
+    "align": 1,
+    "version": 1,
+}
+OLD_DIGEST = "cd990d16839eda55782c3da83f87be4b5f81ef5344162f601bd05392dded2cc9"
+
+
+class TestFoldersOfVersion01:
+    @pytest.fixture
+    def dense(self) -> Any:
+        model: Any = tiny_vit().float()
+        model.blocks[1].norm1.bias = model.blocks[0].norm1.bias
+        return model
+
+    @pytest.fixture
+    def folder(self, dense: Any, tmp_path: Path) -> Path:
+        state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+        del state["blocks.1.norm1.bias"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt", "plan": OLD_DIGEST})
+        (tmp_path / "model.json").write_text(json.dumps(OLD_MODEL, indent=2) + "\n")
+        (tmp_path / "plan.json").write_text(json.dumps(OLD_PLAN, indent=2) + "\n")
+        return tmp_path
+
+    def test_they_load(self, dense: Any, folder: Path) -> None:
+        prune_(dense, PATCHES_ONLY)
+        again = load_pruned(folder)
+        images = random_images(dtype=torch.float32)
+        assert torch.equal(output(again, images), output(dense, images))
+        assert plan_of(again) == plan_of(dense)
+        assert Preprocessing.from_model(again).mean == (0.1, 0.2, 0.3)
+
+    def test_the_keys_are_the_same_today(self, dense: Any, tmp_path: Path) -> None:
+        prune_(dense, PATCHES_ONLY)
+        written = json.loads((save_pruned(dense, tmp_path) / "model.json").read_text())
+        assert list(written) == list(OLD_MODEL)
+        assert list(written["recipe"]) == list(OLD_MODEL["recipe"])  # type: ignore[call-overload]
+        assert written["recipe"]["arguments"] == OLD_MODEL["recipe"]["arguments"]  # type: ignore[index]
+        assert json.loads((tmp_path / "plan.json").read_text()) == OLD_PLAN
+
+    def test_the_reason_for_a_missing_model_spec_is_read(self, dense: Any, folder: Path) -> None:
+        described = {**OLD_MODEL, "recipe": None, "no_recipe": "its head is not timm's"}
+        (folder / "model.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match=r"build its model \(its head is not timm's\); build it"):
+            load_pruned(folder)
+        given = tiny_vit().float()
+        assert load_pruned(folder, given) is given
+
+
 class TestMisfit:
     def test_weights_that_do_not_fit_the_given_model(self, saved: Path) -> None:
         other = tiny_vit(num_classes=7)
@@ -455,24 +539,24 @@ class TestDamage:
             load_pruned(saved)
 
 
-class TestRecipes:
+class TestModelSpecs:
     def test_an_unknown_library(self) -> None:
         with pytest.raises(
             ValueError, match=r"library must be one of timm, torchvision, transformers, got 'x'"
         ):
-            build(Recipe("x", "y", {}, {}))
+            build(ModelSpec("x", "y", {}, {}))
 
     def test_only_known_classes_of_transformers_are_built(self) -> None:
         with pytest.raises(ValueError, match=r"BertModel is not a class of transformers that cpvit knows"):
-            build(Recipe("transformers", "BertModel", {}, {}))
+            build(ModelSpec("transformers", "BertModel", {}, {}))
 
     def test_without_transformers_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
         message = r"a ViTModel is built by transformers, which is not installed: pip install 'cpvit\[hf\]'"
         with pytest.raises(ImportError, match=message):
-            build(Recipe("transformers", "ViTModel", {}, {}))
+            build(ModelSpec("transformers", "ViTModel", {}, {}))
 
-    def test_where_a_model_was_loaded_from_is_not_told(self, tmp_path: Path) -> None:
+    def test_the_path_a_model_was_loaded_from_is_not_saved(self, tmp_path: Path) -> None:
         transformers_vit().save_pretrained(tmp_path / "private")
         kind = type(transformers_vit())
         model = kind.from_pretrained(tmp_path / "private").eval()

@@ -127,7 +127,7 @@ def refuse_inner_norm(attn: HostModule) -> None:
 
 
 def pools_patches(model: HostModule) -> bool:
-    """Whether the head reads patches; "" is timm's way to say that it hands out every token as it is."""
+    """Whether the head reads patches; with "" timm returns all tokens unpooled."""
     return model.global_pool not in ("", "token")
 
 

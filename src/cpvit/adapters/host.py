@@ -1,4 +1,4 @@
-"""What every adapter tells about its model: the seam between the cascade and the libraries.
+"""The interface between the cascade and the libraries: what every adapter provides about its model.
 
 Legend: B images, H heads, N tokens, C channels, D head dimension.
 """
@@ -69,7 +69,7 @@ class HostBlock(BlockView, Protocol):
         ...
 
     def set_num_heads(self, count: int) -> None:
-        """OnMessage the host's attention module how many heads its (already cut) weights hold."""
+        """Set the number of heads, which the (already cut) weights hold, in the host's attention module."""
         ...
 
 
@@ -86,7 +86,7 @@ class Host:
     """A model opened for pruning."""
 
     family: str
-    """What the support table calls it, e.g. "timm ViT"."""
+    """Name of the family in the support table, e.g. "timm ViT"."""
     model: nn.Module
     parent: nn.Module
     """Module that holds the blocks ..."""
@@ -113,11 +113,11 @@ class Host:
     """The tensor to compare and classify with, from what ``model(images)`` returns."""
     blocked: Callable[[Host, HostArguments], str | None] = _never
     """Why this forward cannot be pruned, from the host's settings and the arguments of its first block; None
-    if it can. A function of the host, not a closure over a model: a copied model then asks about itself."""
+    if it can. A function of the host, not a closure over a model, so that it stays right in a copied model."""
     architecture: str = ""
     """The model's name, where it does not carry one itself."""
     resizing: str = ""
-    """How to tell the model another image size, where it takes any."""
+    """How to set another image size, where the model takes any."""
 
     @property
     def device(self) -> torch.device:

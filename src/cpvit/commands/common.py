@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from cpvit.adapters import open_host
+from cpvit.adapters import Host, open_host
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
 from cpvit.machine.device import choose_device, choose_dtype
@@ -29,27 +29,51 @@ CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 def build_model(options: ModelOptions, *, data: str | None = None, weights_needed: bool = True) -> nn.Module:
-    """The model with its weights, on its device, in eval mode; says what was loaded.
+    """The model with its weights, on its device, in eval mode; prints what was loaded.
 
     Raises:
         ValueError: No weights where they are needed, or they do not fit.
+        UnsupportedModelError: The model cannot be pruned.
     """
+    return open_model(options, data=data, weights_needed=weights_needed).model
+
+
+def open_model(options: ModelOptions, *, data: str | None = None, weights_needed: bool = True) -> Host:
+    """:func:`build_model`, opened."""
     if options.checkpoint is not None and options.pretrained:
         raise ValueError("give --checkpoint or --pretrained, not both")
     if weights_needed and options.checkpoint is None and not options.pretrained:
         raise ValueError(
             "random weights have no accuracy to measure: give --checkpoint FILE, or --pretrained"
         )
-    model = create_model(
+    host = open_named(
         options.model,
         num_classes=_num_classes(options, data),
         image_size=image_size_of(options.image_size),
         pretrained=options.pretrained,
     )
-    open_host(model)  # refuse what cannot be pruned before reading large files
     if options.checkpoint is not None:
-        say(load_checkpoint(model, options.checkpoint).summary())
-    return model.to(choose_device(options.device), choose_dtype(options.dtype)).eval()
+        say(load_checkpoint(host.model, options.checkpoint).summary())
+    host.model.to(choose_device(options.device), choose_dtype(options.dtype)).eval()
+    return host
+
+
+def open_named(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+) -> Host:
+    """A model of this name; one that cannot be pruned is refused here, before large files are read.
+
+    Raises:
+        ValueError: The name is unknown, or a size is impossible.
+        UnsupportedModelError: The model cannot be pruned.
+    """
+    return open_host(
+        create_model(name, num_classes=num_classes, image_size=image_size, pretrained=pretrained)
+    )
 
 
 def _num_classes(options: ModelOptions, data: str | None) -> int | None:

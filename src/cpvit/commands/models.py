@@ -10,10 +10,10 @@ from typing import Any
 import timm
 import torch
 
-from cpvit.adapters import SUPPORTED, UnsupportedModelError, open_host
-from cpvit.commands.common import progress, say
+from cpvit.adapters import SUPPORTED, UnsupportedModelError
+from cpvit.commands.common import open_named, progress, say
 from cpvit.commands.tables import table
-from cpvit.weights.create import SEED_MODELS
+from cpvit.weights.create import ORIGINAL_MODELS
 
 
 def run(pattern: str = "", json: Path | None = None) -> None:
@@ -38,14 +38,14 @@ def run(pattern: str = "", json: Path | None = None) -> None:
 
 
 TIMM_MODULES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos")
-"""Files of timm with models the adapters know; every other name would be built only to be refused."""
+"""timm's modules with models that the adapters know; no other model is built."""
 
 
 def _rows(pattern: str) -> list[dict[str, object]]:
     wildcard = pattern if "*" in pattern else f"*{pattern}*"
-    seed_names = [name for name in SEED_MODELS if fnmatch(name.lower(), wildcard.lower())]
+    original_names = [name for name in ORIGINAL_MODELS if fnmatch(name.lower(), wildcard.lower())]
     timm_names = [name for module in TIMM_MODULES for name in timm.list_models(wildcard, module=module)]
-    names = [*seed_names, *sorted(set(timm_names))]
+    names = [*original_names, *sorted(set(timm_names))]
     rows = (_row(name) for name in progress(names, "models", len(names)))
     return [row for row in rows if row is not None]
 
@@ -54,7 +54,7 @@ def _row(name: Any) -> dict[str, object] | None:
     """One model, built without memory for its weights; None if it cannot be pruned."""
     try:
         with torch.device("meta"):
-            host = open_host(timm.create_model(SEED_MODELS.get(name, name)))
+            host = open_named(name)
     except UnsupportedModelError:
         return None
     height, width = host.image_shape[1:]

@@ -1,4 +1,4 @@
-"""``cpvit verify``: does cpvit know this model exactly, and does a plan fit it?"""
+"""``cpvit verify``: is a model reproduced exactly with everything kept, and does a plan fit it?"""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from cpvit.commands.common import build_model, set_seed, write_record
+from cpvit.adapters import Host
+from cpvit.commands.common import open_model, set_seed, write_record
 from cpvit.commands.options import ModelOptions
-from cpvit.plans.macs import count_macs
+from cpvit.plans.macs import host_macs
 from cpvit.plans.plan import Plan
-from cpvit.pruning.prune import prune_, unprune_
-from cpvit.pruning.verify import Verification, VerificationError, verify
+from cpvit.pruning.opening import unprune_host
+from cpvit.pruning.prune import prune_host
+from cpvit.pruning.verify import Verification, VerificationError, verify_host
 
 MACS_ERROR = 0.005
 """Share of the dense MACs by which a plan may be off what torch counts on the pruned model."""
@@ -21,11 +21,11 @@ MACS_ERROR = 0.005
 
 @dataclass(frozen=True)
 class PlanVerification(Verification):
-    """A model that is known, and a plan that was applied to it."""
+    """A model that passed, and a plan that was applied to it."""
 
     plan: Plan
     macs_ratio: float
-    """Counted by torch on the pruned model."""
+    """MACs of the pruned model over those of the dense one, counted by torch."""
 
 
 def run(model: ModelOptions, seed: int = 0, plan: Path | None = None, json: Path | None = None) -> None:
@@ -38,30 +38,30 @@ def run(model: ModelOptions, seed: int = 0, plan: Path | None = None, json: Path
     """
     set_seed(seed)
     loaded = None if plan is None else Plan.load(plan)
-    network = build_model(model, weights_needed=False)
-    result = verify(network, seed=seed)
+    host = open_model(model, weights_needed=False)
+    result = verify_host(host, seed=seed)
     if not result.passed:
         write_record(result, json)
         raise VerificationError(result.summary())
     if loaded is not None:
-        result = _with_plan(network, loaded, result)
+        result = _with_plan(host, loaded, result)
     write_record(result, json)
     print(result.summary())
     if isinstance(result, PlanVerification):
         print(f"{plan}: fits, {100 * result.macs_ratio:.2f}% of the dense MACs")
 
 
-def _with_plan(network: nn.Module, plan: Plan, result: Verification) -> PlanVerification:
-    """Apply the plan and count.
+def _with_plan(host: Host, plan: Plan, result: Verification) -> PlanVerification:
+    """Apply the plan and count the MACs.
 
     Raises:
         ValueError: It is for another model.
         VerificationError: It does not cost what it says.
     """
-    dense = count_macs(network)
-    prune_(network, plan.uncorrected, verify=False)
-    ratio = count_macs(network) / dense
-    unprune_(network)
+    dense = host_macs(host)
+    prune_host(host, plan.uncorrected, verify=False)
+    ratio = host_macs(host) / dense
+    unprune_host(host)
     if abs(ratio - plan.macs_ratio) > MACS_ERROR:
         raise VerificationError(
             f"the plan says {plan.macs_ratio:.4f} of the dense MACs and {ratio:.4f} were counted on the pruned model; "

@@ -1,9 +1,8 @@
-"""What works with which model: measured on small models with random weights, never written down by hand.
+"""What works with which model: every cell of the support table is measured on a small model with random weights.
 
-A case names a model of a library. Its architecture is built anew with few and narrow blocks, an 8 x 8 grid (or a
-stated one) and ten classes; everything else, the kind of attention, positions, prefix tokens, LayerScale, norms
-and pooling, is as in the full model. Tokens, heads and blocks are those of the full model, which is described
-without being computed.
+A case names a model of a library. The small model has few and narrow blocks, an 8 x 8 grid (or a stated one) and
+ten classes; everything else (kind of attention, positions, prefix tokens, LayerScale, norms, pooling) is as in the
+full model. Tokens, heads and blocks in the table are those of the full model, built on the meta device.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ from cpvit.pruning.verify import check, relative_error, tolerance, verify_host
 from cpvit.weights.saving import load_pruned, save_pruned
 
 MACS, HEAD_KEEP_RATE = 0.6, 0.5
-
-
 YES = "yes"
-
-
 NO_TRANSFORMERS = "skipped: transformers not installed"
 
 
@@ -56,11 +51,11 @@ class SupportRow:
     exports: str = ""
     saves: str = ""
     failure: str = ""
-    """Why this model fails as a whole; empty if it does not."""
+    """Why the model failed as a whole; empty if it did not."""
 
     @property
     def failed(self) -> bool:
-        """Whether something that every supported model should do does not work; cut heads are not such."""
+        """Whether the model, or a cell that every supported model must pass, failed; head pruning may be refused."""
         outcomes = (self.compiles, self.exports, self.saves)
         return (bool(self.failure) and self.failure != NO_TRANSFORMERS) or any(
             no != YES for no in outcomes if no
@@ -68,20 +63,19 @@ class SupportRow:
 
 
 def measure(case: Case, *, seed: int = 0) -> SupportRow:
-    """Everything the table says about one model."""
+    """One row of the table."""
     if case.needs_transformers and importlib.util.find_spec("transformers") is None:
         return SupportRow(case.family, case.name, failure=NO_TRANSFORMERS)
     try:
         return _measured(case, seed)
-    except Exception as error:  # the table is about what goes wrong, whatever it is
+    except Exception as error:  # every failure is a cell of the table
         return SupportRow(case.family, case.name, failure=_reason(error))
 
 
 def _measured(case: Case, seed: int) -> SupportRow:
     with torch.device("meta"):
-        full = open_host(case.full())
-    model = small_model(case, seed)
-    host = open_host(model)
+        full_model = case.full()
+    full, host = (open_host(model) for model in (full_model, small_model(case, seed)))
     checked = verify_host(host, seed=seed)
     check(host)
     images = random_images(host, 3, seed)
@@ -116,7 +110,7 @@ def small_model(case: Case, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def randomize_(model: nn.Module) -> None:
-    """Weights with which every part matters: LayerScale far from 0, biases and registers far from nothing."""
+    """Random weights with which every part changes the output: LayerScale, biases and registers far from 0."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn_like(parameter)
@@ -174,7 +168,7 @@ def check_compile(host: Host, images: Tensor) -> None:
 
 
 def check_export(host: Host, images: Tensor) -> None:
-    """For any number of images, and the same output for another one than it was exported with."""
+    """Any batch size, and the same output for another one than it was exported with."""
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         exported = torch.export.export(host.model, (images[1:],), dynamic_shapes=({0: batch},)).module()
@@ -183,7 +177,7 @@ def check_export(host: Host, images: Tensor) -> None:
 
 
 def check_saving(host: Host, images: Tensor, arguments: Mapping[str, object]) -> None:
-    """Saved, loaded without being told what it is, and the same output bit for bit."""
+    """Saved, loaded from the folder alone, and the same output bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(host.model, folder, arguments=arguments)
         again = load_pruned(folder)
@@ -202,7 +196,7 @@ def _expect_equal(got: Tensor, expected: Tensor, depth: int) -> None:
 def _outcome(attempt: Callable[..., None], *args: object) -> str:
     try:
         attempt(*args)
-    except Exception as error:  # the table is about what goes wrong, whatever it is
+    except Exception as error:  # every failure is a cell of the table
         return _no(error)
     return YES
 

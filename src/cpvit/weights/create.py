@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-SEED_MODELS: Mapping[str, str] = MappingProxyType(
+ORIGINAL_MODELS: Mapping[str, str] = MappingProxyType(
     {
         "ViT-B_16": "vit_base_patch16_224",
         "ViT-B_32": "vit_base_patch32_224",
@@ -35,7 +35,7 @@ def create_model(
 
     Args:
         name: A timm name (``deit_tiny_patch16_224``, ``vit_base_patch16_224.augreg_in21k``, ``hf-hub:...``),
-            a key of :data:`SEED_MODELS`, or torchvision's name behind ``torchvision/``
+            a key of :data:`ORIGINAL_MODELS`, or torchvision's name behind ``torchvision/``
             (``torchvision/vit_b_16``).
         num_classes: Size of the classification head. None takes timm's choice for that name, which is no head
             at all for names whose weights have none (``ViT-L_32`` and ``ViT-H_14`` among them).
@@ -103,7 +103,7 @@ def resolve_model_name(name: str) -> str:
     """Turn a model name into the one timm knows; Hugging Face hub names pass through unchanged.
 
     Raises:
-        ValueError: Neither timm nor :data:`SEED_MODELS` has the name; the closest names are suggested.
+        ValueError: Neither timm nor :data:`ORIGINAL_MODELS` has the name; the closest names are suggested.
 
     Example:
         >>> resolve_model_name("ViT-B_16")
@@ -111,8 +111,8 @@ def resolve_model_name(name: str) -> str:
     """
     import timm
 
-    if name in SEED_MODELS:
-        return SEED_MODELS[name]
+    if name in ORIGINAL_MODELS:
+        return ORIGINAL_MODELS[name]
     if name.startswith(_HUB_PREFIXES):
         return name
     architecture, _, tag = name.partition(".")
@@ -127,11 +127,11 @@ def resolve_model_name(name: str) -> str:
 def _suggestion(name: str) -> str:
     import timm
 
-    names = [*SEED_MODELS, *timm.list_models()]
+    names = [*ORIGINAL_MODELS, *timm.list_models()]
     close = get_close_matches(name, names, n=3)
     if close:
         return f"did you mean {', '.join(close)}?"
-    return f"give a name that timm.list_models() lists, or one of {', '.join(SEED_MODELS)}"
+    return f"give a name that timm.list_models() lists, or one of {', '.join(ORIGINAL_MODELS)}"
 
 
 def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -144,7 +144,7 @@ def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] |
 
 
 def _check_patches_fit(model: nn.Module, name: str, size: tuple[int, int] | None) -> None:
-    """timm rounds the grid down and fails only when an image arrives; say it at once."""
+    """Raise ValueError here: timm rounds the grid down and fails only in the first forward."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if size is None or patch is None:
         return

@@ -1,8 +1,10 @@
-"""How families of weights files name their tensors, and how to give them timm's names.
+"""How families of weights files name their tensors, and the conversion to timm's names.
 
 Files saved by the model itself load into any ``nn.Module``. Foreign layouts load into timm's
 ``VisionTransformer`` (plain and distilled): the original CP-ViT code's, Google's npz, Hugging Face ViT and
-DeiT, DINOv2, CLIP image towers, MAE.
+DeiT, DINOv2, CLIP image towers, MAE. timm converts CLIP and DINOv2. Its ``checkpoint_filter_fn`` around these
+converters is not used: it resizes patch and position embeddings without a word, and drops pre_logits.
+Its npz reader is not used either: it writes into the model while it reads, and skips a head that does not fit.
 
 Legend: L blocks, C channels, H heads, D head dimension.
 """
@@ -24,7 +26,7 @@ _Renames: TypeAlias = tuple[tuple[re.Pattern[str], str], ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family of files names its tensors, and how to give them timm's names."""
+    """How one family of files names its tensors, and the conversion to timm's names."""
 
     name: str
     marker: re.Pattern[str]
@@ -62,17 +64,17 @@ def _fused_qkv(state: State) -> State:
     return out
 
 
-_SEED_BLOCK = r"^transformer\.encoder\.layer\.(\d+)\."
-_SEED_NAMES = _table(
+_ORIGINAL_BLOCK = r"^transformer\.encoder\.layer\.(\d+)\."
+_ORIGINAL_NAMES = _table(
     (r"^transformer\.embeddings\.cls_token$", "cls_token"),
     (r"^transformer\.embeddings\.position_embeddings$", "pos_embed"),
     (r"^transformer\.embeddings\.patch_embeddings\.", "patch_embed.proj."),
     (r"^transformer\.encoder\.encoder_norm\.", "norm."),
-    (_SEED_BLOCK + r"attention_norm\.", r"blocks.\1.norm1."),
-    (_SEED_BLOCK + r"ffn_norm\.", r"blocks.\1.norm2."),
-    (_SEED_BLOCK + r"attn\.([qkv])(?:uery|ey|alue)\.", r"blocks.\1.attn.\2."),
-    (_SEED_BLOCK + r"attn\.out\.", r"blocks.\1.attn.proj."),
-    (_SEED_BLOCK + r"ffn\.", r"blocks.\1.mlp."),
+    (_ORIGINAL_BLOCK + r"attention_norm\.", r"blocks.\1.norm1."),
+    (_ORIGINAL_BLOCK + r"ffn_norm\.", r"blocks.\1.norm2."),
+    (_ORIGINAL_BLOCK + r"attn\.([qkv])(?:uery|ey|alue)\.", r"blocks.\1.attn.\2."),
+    (_ORIGINAL_BLOCK + r"attn\.out\.", r"blocks.\1.attn.proj."),
+    (_ORIGINAL_BLOCK + r"ffn\.", r"blocks.\1.mlp."),
 )
 
 # transformers 4 wrote encoder.layer.0.attention.attention.query (as does save_pretrained of 5); in memory,
@@ -111,28 +113,12 @@ _GOOGLE_NAMES = _table(
     (_GOOGLE_BLOCK + r"MlpBlock_\d/Dense_1/", r"blocks.\1.mlp.fc2."),
 )
 
-_CLIP_BLOCK = r"^visual\.transformer\.resblocks\.(\d+)\."
-_CLIP_NAMES = _table(
-    (r"^visual\.class_embedding$", "cls_token"),
-    (r"^visual\.positional_embedding$", "pos_embed"),
-    (r"^visual\.conv1\.", "patch_embed.proj."),
-    (r"^visual\.ln_pre\.", "norm_pre."),
-    (r"^visual\.ln_post\.", "norm."),
-    (r"^visual\.proj$", "head.weight"),
-    (_CLIP_BLOCK + r"ln_([12])\.", r"blocks.\1.norm\2."),
-    (_CLIP_BLOCK + r"attn\.in_proj_", r"blocks.\1.attn.qkv."),
-    (_CLIP_BLOCK + r"attn\.out_proj\.", r"blocks.\1.attn.proj."),
-    (_CLIP_BLOCK + r"mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
-    (_CLIP_BLOCK + r"mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
-)
-
-_DINOV2_NAMES = _table((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
 # DeiT III names its LayerScale as a parameter of the block.
 _TIMM_NAMES = _table((r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"))
 
 
-def _from_seed(state: State) -> State:
-    return _fused_qkv(_renamed(state, _SEED_NAMES))
+def _from_original(state: State) -> State:
+    return _fused_qkv(_renamed(state, _ORIGINAL_NAMES))
 
 
 def _from_hf(state: State) -> State:
@@ -175,32 +161,29 @@ def _torch_order(key: str, tensor: Tensor) -> Tensor:
 
 
 def _from_clip(state: State) -> State:
-    """The image tower; its projection becomes a head without bias."""
-    out = _renamed(state, _CLIP_NAMES)
-    for key in ("cls_token", "pos_embed"):
-        if key in out:
-            out[key] = out[key].reshape(1, -1, out[key].shape[-1])
-    if "head.weight" in out:
-        out["head.weight"] = out["head.weight"].transpose(0, 1)
-        out["head.bias"] = out["head.weight"].new_zeros(out["head.weight"].shape[0])
-    return out
+    """The image tower, by timm's converter; its projection becomes a head without bias."""
+    from timm.models.vision_transformer import _convert_openai_clip
+
+    # timm drops what is not of the image tower; here it stays, so that it is reported as unexpected.
+    others = {key: tensor for key, tensor in state.items() if not key.startswith("visual.")}
+    return {**others, **_convert_openai_clip(state, None)}
 
 
 def _from_dinov2(state: State) -> State:
-    """With registers, timm's class token has no position of its own, so it is added to the token."""
-    out = _renamed(state, _DINOV2_NAMES)
-    if "register_tokens" in out:
-        out["reg_token"] = out.pop("register_tokens")
-        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
-        out["pos_embed"] = out["pos_embed"][:, 1:]
-    return out
+    """By timm's converter. With registers, timm adds the class token's position to the token."""
+    from timm.models.vision_transformer import _convert_dinov2
+
+    kept = {
+        key: tensor for key, tensor in state.items() if key == "mask_token"
+    }  # dropped by timm; reported here
+    return {**kept, **_convert_dinov2(dict(state), None)}
 
 
 _NEVER = re.compile(r"(?!)")
 _NATIVE = Layout("native", _NEVER, dict, _NEVER)
 _TIMM_NATIVE = Layout("timm", _NEVER, dict, _NEVER)  # EVA, Swin, ...: only their own names
 _LAYOUTS = (
-    Layout("seed", re.compile(r"^transformer\.embeddings\.cls_token$"), _from_seed, _NEVER),
+    Layout("seed", re.compile(r"^transformer\.embeddings\.cls_token$"), _from_original, _NEVER),
     Layout("google-npz", re.compile(r"(?:^|/)embedding/kernel$"), _from_google, re.compile(r"^pre_logits/")),
     Layout(
         "hf",

@@ -1,7 +1,7 @@
-"""From a file's tensors to a loaded model.
+"""Load a weights file into a model: every tensor or none.
 
-Position embeddings are resized to the model's grid and the head is fitted; only when every tensor has its
-place is anything written into the model.
+Position embeddings are resized to the model's grid and the head is fitted; the model is written to only after
+names, shapes and dtypes of all tensors were checked.
 
 Legend: N position tokens (prefix and patches), C channels.
 """
@@ -42,7 +42,7 @@ class CheckpointReport:
     """Tensors the model has no place for and does not need, such as a pooler or a mask token."""
 
     def summary(self) -> str:
-        """Say it in one line."""
+        """One line."""
         parts = [f"{self.path.name}: {self.layout} layout"]
         if self.entry is not None:
             parts.append(f"weights from {self.entry!r}")

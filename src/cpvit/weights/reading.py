@@ -1,4 +1,8 @@
-"""From a weights file to its tensors, without running code in it: safetensors, torch pickle or npz."""
+"""From a weights file to its tensors, without running code in it: safetensors, torch pickle or npz.
+
+``timm.models.load_state_dict`` is not used: it does not say which entry of the file it took, knows no
+``model_state_dict``, and in timm 1.0.15 refuses every file with the ``args`` of a training script.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def errors_naming(file: Path) -> Iterator[None]:
-    """Make every refusal of a file a CheckpointError that begins with its name."""
+    """Raise every error about a file as a CheckpointError that begins with its name."""
     try:
         yield
     except CheckpointError as error:
@@ -143,7 +147,7 @@ def _read_safetensors(file: Path) -> object:
 
 def _read_torch(file: Path) -> object:
     try:
-        # torch warns about pickle protocols it rarely sees; what it cannot read, it refuses below.
+        # torch warns about rare pickle protocols; what it cannot read is refused below.
         with warnings.catch_warnings(), _namespaces_allowed():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -190,7 +194,7 @@ def _damaged(error: Exception) -> CheckpointError:
 
 
 def _reason(error: Exception) -> str:
-    """Torch's messages run to paragraphs; the sentence that tells what happened is enough."""
+    """The first sentence of the message; torch's run to paragraphs."""
     text = re.sub(r"(?s).*WeightsUnpickler error:", "", str(error)).strip() or type(error).__name__
     return text.splitlines()[0].split(". ")[0]
 

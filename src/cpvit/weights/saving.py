@@ -1,8 +1,8 @@
 """A pruned model in a folder: its weights, its plan, and how to build it. No pickle.
 
-model.safetensors   the weights as they are now; of cut heads nothing is left, so the file is smaller too
-plan.json           the plan in force, as ``Plan.load`` reads it
-model.json          how to build the model, where that can be found out, and the settings of the pruning
+model.safetensors   the weights as they are now, without those of cut heads
+plan.json           the active plan, as ``Plan.load`` reads it
+model.json          the model spec, where one can be inferred, and the settings of the pruning
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed
 from cpvit.pruning.opening import open_pruned, unprune_host
 from cpvit.pruning.prune import prune_host
-from cpvit.weights.spec import Recipe, RecipeError, build, find_recipe
+from cpvit.weights.spec import ModelSpec, ModelSpecError, build, infer_model_spec
 
 WEIGHTS, PLAN, MODEL = "model.safetensors", "plan.json", "model.json"
 FILES = (WEIGHTS, PLAN, MODEL)
 VERSION = 1
 """Of the folder's layout."""
+KEYS = {"spec": "recipe", "no_spec": "no_recipe"}
+"""Fields of :class:`SavedModel` whose key in ``model.json`` is another one; version 1 of the layout keeps them."""
 
 
 @dataclass(frozen=True)
 class SavedModel:
     """What ``model.json`` says."""
 
-    recipe: Recipe | None
-    """How to build the model; None if that could not be found out."""
-    no_recipe: str = ""
+    spec: ModelSpec | None
+    """How to build the model; None if it could not be inferred."""
+    no_spec: str = ""
     """Why not."""
     dtype: str = "float32"
-    """Of the model's first parameter: what it computes beside its weights (rotary tables) has it too."""
+    """Of the model's first parameter, and of buffers that are not saved (rotary tables)."""
     dense_features: bool = False
     shared: dict[str, str] = field(default_factory=dict)
-    """Tensors that are one and the same: the name left out -> the name in the file."""
+    """Tensors that share memory are written once: the name left out -> the name in the file."""
     version: int = VERSION
 
 
@@ -61,8 +63,8 @@ def save_pruned(
     Args:
         model: A pruned model.
         folder: Where to; made if it is not there.
-        arguments: Keyword arguments the model was created with, for the few that cannot be read off it
-            (``qk_norm=True`` ...); what :func:`load_pruned` cannot build it asks for.
+        arguments: Keyword arguments the model was created with, for the few that cannot be inferred from it
+            (``qk_norm=True`` ...). Without them :func:`load_pruned` needs a model to load into.
 
     Returns:
         The folder.
@@ -95,8 +97,8 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
 
     Args:
         folder: What :func:`save_pruned` was given.
-        model: An untouched model of the same architecture, changed in place; needed only where it could not
-            be found out how to build one.
+        model: An untouched model of the same architecture, changed in place; needed only where no model spec
+            could be inferred when it was saved.
 
     Raises:
         FileNotFoundError: The folder, or a file in it, is missing.
@@ -125,7 +127,7 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
 
 
 def _without_copies(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, each once; and for those that are another one, which."""
+    """Tensors to write, each once; and name -> name written for those that share their memory."""
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -135,7 +137,7 @@ def _without_copies(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
         if kept != name:
             shared[name] = kept
         else:
-            # Tensors that overlap in part would be refused, and views would drag all of their memory along.
+            # safetensors refuses tensors that overlap in part; a view would keep the whole storage.
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, shared
 
@@ -149,21 +151,22 @@ def _describe(
 ) -> SavedModel:
     dtype = str(host.dtype).removeprefix("torch.")
     try:
-        recipe, reason = find_recipe(host, plan, arguments), ""
-    except RecipeError as error:
-        recipe, reason = None, str(error)
-    return SavedModel(recipe, reason, dtype, dense_features, shared)
+        spec, reason = infer_model_spec(host, plan, arguments), ""
+    except ModelSpecError as error:
+        spec, reason = None, str(error)
+    return SavedModel(spec, reason, dtype, dense_features, shared)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], plan: Plan, saved: SavedModel) -> None:
     plan.save(folder / PLAN)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "plan": _digest(folder / PLAN)})
-    (folder / MODEL).write_text(json.dumps(dataclasses.asdict(saved), indent=2) + "\n")
+    values = {KEYS.get(name, name): value for name, value in dataclasses.asdict(saved).items()}
+    (folder / MODEL).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _digest(file: Path) -> str:
-    """Says whether weights and plan belong together; line ends and indentation do not count."""
+    """Identifies the plan that the weights were saved with; line ends and indentation do not count."""
     return hashlib.sha256(json.dumps(json.loads(file.read_text())).encode()).hexdigest()
 
 
@@ -188,9 +191,11 @@ def _read_saved(file: Path) -> SavedModel:
         raise ValueError(
             f"{file} has version {values['version']}, newer than this cpvit reads ({VERSION}); upgrade cpvit"
         )
+    names = {key: name for name, key in KEYS.items()}
     try:
-        recipe = None if values["recipe"] is None else Recipe(**values["recipe"])
-        return SavedModel(**{**values, "recipe": recipe})
+        spec = None if values["recipe"] is None else ModelSpec(**values["recipe"])
+        fields: dict[str, Any] = {names.get(str(key), str(key)): value for key, value in values.items()}
+        return SavedModel(**{**fields, "spec": spec})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not what save_pruned wrote ({error}); save the model again") from None
 
@@ -211,17 +216,17 @@ def _read_weights(file: Path, plan: Path) -> dict[str, Tensor]:
 
 
 def _build(saved: SavedModel, folder: Path) -> nn.Module:
-    if saved.recipe is None:
+    if saved.spec is None:
         raise ValueError(
-            f"{folder} does not say how to build its model ({saved.no_recipe}); build it, untouched, and give "
+            f"{folder} does not say how to build its model ({saved.no_spec}); build it, untouched, and give "
             "it: load_pruned(folder, model=...)"
         )
-    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn only to be overwritten
-        return build(saved.recipe)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+        return build(saved.spec)
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise ValueError unless every tensor has its place."""
+    """Raise ValueError unless names and shapes of all tensors agree."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name in (*own, *given) if own.get(name) != given.get(name)]
@@ -246,5 +251,5 @@ def _fill(host: Host, tensors: Mapping[str, Tensor], saved: SavedModel, plan: Pl
     assert container is not None, "prune_host has just installed it"
     container.plan = plan
     if container.cut_heads:
-        # What was cut here were heads of the fresh model; the saved one's are nowhere.
+        # The heads cut here were those of the new model; those of the saved one are lost.
         container.cut_heads, container.heads_lost = (), True

@@ -1,8 +1,9 @@
-"""How to build a model again: which library made it, under which name, with which arguments.
+"""Model specs: the library, the name and the arguments from which a model can be built again.
 
-A model does not carry its arguments with it, so they are read off, and then proven: a model is built from them
-(on the meta device, which computes nothing), pruned by the same plan, and compared module by module. A recipe
-that does not give the same model is never returned.
+The arguments are inferred from the model and then checked: a model is built from them on the meta device,
+pruned by the same plan, and compared with the original module by module. A model spec that does not give the
+same model is never returned. timm records the arguments of ``create_model`` only in recent versions (not in
+1.0.15), in a private attribute, and without later changes such as removed blocks; so they are inferred here.
 """
 
 from __future__ import annotations
@@ -19,93 +20,95 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from cpvit.adapters import Host
-from cpvit.adapters.hf import MODELS as TRANSFORMERS_MODELS
+from cpvit.adapters.hf_families import MODELS as TRANSFORMERS_MODELS
 from cpvit.plans.plan import Plan
 from cpvit.pruning.prune import prune_
 
 
-class RecipeError(ValueError):
-    """How the model was built could not be found out; the message says why."""
+class ModelSpecError(ValueError):
+    """No model spec could be inferred; the message says why."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelSpec:
     """How to build an untouched model with fresh weights. Readable JSON."""
 
     library: str
     """timm, torchvision or transformers."""
     name: str
-    """timm's name of the architecture, or the class."""
+    """timm's architecture name, or the class."""
     arguments: dict[str, Any]
-    """Of ``timm.create_model``, of the class, or the values of the configuration (transformers)."""
+    """Of ``timm.create_model``, of the class (torchvision), or of the configuration (transformers)."""
     preprocessing: dict[str, Any]
-    """What timm says about the images the model was trained on; empty for the others."""
+    """timm's image preprocessing of the model; empty for the other libraries."""
 
 
-def find_recipe(host: Host, plan: Plan, arguments: Mapping[str, object] | None = None) -> Recipe:
-    """Read off how a pruned model was built, and prove it.
+def infer_model_spec(host: Host, plan: Plan, arguments: Mapping[str, object] | None = None) -> ModelSpec:
+    """Infer the model spec of a pruned model, and check it.
 
     Args:
         host: Pruned by ``plan``.
-        plan: The plan in force.
-        arguments: What it was created with, where that cannot be read off.
+        plan: The active plan.
+        arguments: What it was created with, where that cannot be inferred.
 
     Raises:
-        RecipeError: It cannot be found out.
+        ModelSpecError: It cannot be inferred.
     """
-    found = _read(host, plan)
-    recipe = replace(found, arguments={**found.arguments, **_plain(arguments or {})})
+    inferred = _infer(host, plan)
+    spec = replace(inferred, arguments={**inferred.arguments, **_plain(arguments or {})})
     try:
         with torch.device("meta"):
-            twin = build(recipe)
+            twin = build(spec)
         prune_(twin, plan.uncorrected, verify=False)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise RecipeError(f"{recipe.name} cannot be built anew: {error}") from error
+        raise ModelSpecError(f"{spec.name} cannot be built anew: {error}") from error
     difference = first_difference(host.model, twin)
     if difference is not None:
-        raise RecipeError(f"{recipe.name} built anew is another model: {difference}")
-    return recipe
+        raise ModelSpecError(f"{spec.name} built anew is another model: {difference}")
+    return spec
 
 
-def build(recipe: Recipe) -> nn.Module:
+def build(spec: ModelSpec) -> nn.Module:
     """The untouched model with fresh weights, in eval mode.
 
     Raises:
-        ValueError: A recipe of an unknown library or class.
+        ValueError: A model spec of an unknown library or class.
         ImportError: The library is not installed.
     """
-    builders: dict[str, Callable[[Recipe], nn.Module]] = {
+    builders: dict[str, Callable[[ModelSpec], nn.Module]] = {
         "timm": _build_timm,
         "torchvision": _build_torchvision,
         "transformers": _build_transformers,
     }
-    if recipe.library not in builders:
-        raise ValueError(f"library must be one of {', '.join(builders)}, got {recipe.library!r}")
-    return builders[recipe.library](recipe).eval()
+    if spec.library not in builders:
+        raise ValueError(f"library must be one of {', '.join(builders)}, got {spec.library!r}")
+    return builders[spec.library](spec).eval()
 
 
-def _read(host: Host, plan: Plan) -> Recipe:
+def _infer(host: Host, plan: Plan) -> ModelSpec:
     kind = type(host.model)
     if kind.__module__.startswith("timm."):
-        return _read_timm(host, plan)
+        return _infer_timm(host, plan)
     if kind is TorchvisionViT:
-        return _read_torchvision(host, plan)
+        return _infer_torchvision(host, plan)
     if kind.__module__.startswith("transformers."):
-        return _read_transformers(host.model)
-    raise RecipeError(
+        return _infer_transformers(host.model)
+    raise ModelSpecError(
         f"{kind.__qualname__} of {kind.__module__} comes from none of the libraries cpvit knows"
     )
 
 
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-"""What is kept of timm's pretrained configuration."""
+"""Keys of timm's ``pretrained_cfg`` that are saved."""
 
 
-def _read_timm(host: Host, plan: Plan) -> Recipe:
+def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
     model: Any = host.model
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
-        raise RecipeError(f"this {type(model).__name__} was not created by timm.create_model and has no name")
+        raise ModelSpecError(
+            f"this {type(model).__name__} was not created by timm.create_model and has no name"
+        )
     channels, height, width = host.image_shape
     patch_height, patch_width = (
         side // count for side, count in zip((height, width), host.grid, strict=True)
@@ -125,18 +128,18 @@ def _read_timm(host: Host, plan: Plan) -> Recipe:
     ):
         arguments["drop_path_rate"] = rate  # the deepest block's
     kept = {key: model.pretrained_cfg[key] for key in PREPROCESSING if key in model.pretrained_cfg}
-    return Recipe("timm", name, _plain(arguments), _plain(kept))
+    return ModelSpec("timm", name, _plain(arguments), _plain(kept))
 
 
-def _build_timm(recipe: Recipe) -> nn.Module:
-    model: Any = timm.create_model(recipe.name, pretrained=False, **_tuples(recipe.arguments))
-    model.pretrained_cfg.update(_tuples(recipe.preprocessing))
+def _build_timm(spec: ModelSpec) -> nn.Module:
+    model: Any = timm.create_model(spec.name, pretrained=False, **_tuples(spec.arguments))
+    model.pretrained_cfg.update(_tuples(spec.preprocessing))
     return model
 
 
-def _read_torchvision(host: Host, plan: Plan) -> Recipe:
+def _infer_torchvision(host: Host, plan: Plan) -> ModelSpec:
     model: Any = host.model
-    read_off = (
+    names = (
         "image_size",
         "patch_size",
         "hidden_dim",
@@ -146,55 +149,55 @@ def _read_torchvision(host: Host, plan: Plan) -> Recipe:
         "num_classes",
         "representation_size",
     )
-    arguments = {name: getattr(model, name) for name in read_off}
+    arguments = {name: getattr(model, name) for name in names}
     arguments |= {"num_layers": host.depth, "num_heads": plan.num_heads[0]}
-    return Recipe("torchvision", "VisionTransformer", _plain(arguments), {})
+    return ModelSpec("torchvision", "VisionTransformer", _plain(arguments), {})
 
 
-def _build_torchvision(recipe: Recipe) -> nn.Module:
-    model: nn.Module = TorchvisionViT(**recipe.arguments)
+def _build_torchvision(spec: ModelSpec) -> nn.Module:
+    model: nn.Module = TorchvisionViT(**spec.arguments)
     return model
 
 
-def _read_transformers(model: Any) -> Recipe:
+def _infer_transformers(model: Any) -> ModelSpec:
     values = json.loads(model.config.to_json_string(use_diff=False))
-    values.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-    return Recipe("transformers", type(model).__name__, values, {})
+    values.pop("_name_or_path", None)  # a local path, which is private
+    return ModelSpec("transformers", type(model).__name__, values, {})
 
 
-def _build_transformers(recipe: Recipe) -> nn.Module:
-    if recipe.name not in TRANSFORMERS_MODELS:
-        raise ValueError(f"{recipe.name} is not a class of transformers that cpvit knows")
+def _build_transformers(spec: ModelSpec) -> nn.Module:
+    if spec.name not in TRANSFORMERS_MODELS:
+        raise ValueError(f"{spec.name} is not a class of transformers that cpvit knows")
     try:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"a {recipe.name} is built by transformers, which is not installed: pip install 'cpvit[hf]'"
+            f"a {spec.name} is built by transformers, which is not installed: pip install 'cpvit[hf]'"
         ) from error
-    kind: Any = getattr(transformers, recipe.name)
-    # The reader changes the dictionary it is given.
-    model: nn.Module = kind(kind.config_class.from_dict(dict(recipe.arguments)))
+    kind: Any = getattr(transformers, spec.name)
+    # from_dict changes its argument.
+    model: nn.Module = kind(kind.config_class.from_dict(dict(spec.arguments)))
     return model
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will come back from JSON.
+    """The values as they come back from JSON.
 
     Raises:
-        RecipeError: A value has no place in JSON.
+        ModelSpecError: A value cannot be written as JSON.
     """
     try:
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
     except TypeError as error:
-        raise RecipeError(f"an argument cannot be written down: {error}") from error
+        raise ModelSpecError(f"an argument cannot be written down: {error}") from error
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-# What a forward in eval mode, through the cascade, does not depend on.
+# Attributes that do not change the pruned forward in eval mode.
 _IGNORED = (
     "training",
     "cut_heads",
