@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).with_name("finetuning_processes.py")
 
 
 def outcome_of(what: str, folder: Path) -> Any:
-    places = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = os.pathsep.join(
+        [str(SCRIPT.parent), str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     result = subprocess.run(
         [sys.executable, str(SCRIPT), what, str(folder)],
         env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
