@@ -463,3 +463,7 @@ class TestCallbacks:
         events.Reload()
         assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 0.5)]
         assert {"eval/top1", "eval/top5", "eval/loss", "train/images_per_s"} <= set(events.Tags()["scalars"])
+
+    def test_curves_need_a_folder(self) -> None:
+        with pytest.raises(ValueError, match=r"nowhere to write.*start_processes\(logging_dir=\.\.\.\)"):
+            TensorBoard(start_processes("cpu"))

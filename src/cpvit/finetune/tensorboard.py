@@ -17,6 +17,12 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, processes: Processes) -> None:
+        """Raise ValueError if the processes were started without a ``logging_dir``."""
+        if not processes.accelerator.log_with:
+            raise ValueError(
+                "TensorBoard has nowhere to write: start the processes with "
+                "start_processes(logging_dir=...), the folder of the run"
+            )
         self._accelerator = processes.accelerator
 
     def on_start(self, done: int, total: int) -> None:
