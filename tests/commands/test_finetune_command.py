@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpvit.commands.cli import main, run_cli
+from cpvit.commands.finetune_options import AugmentationOptions
 from cpvit.commands.original import run_eval, run_train
+from cpvit.data import Augmentation, Mixing
 from cpvit.data.cifar import CIFAR10_CLASSES
 
 SIDE = 64
@@ -261,3 +263,115 @@ def test_the_original_command_line_goes_on(
     assert run_cli(run_train, [*linear, "--resume"], prog="train.py") == 0
     record = json.loads((tmp_path / "output/record.json").read_text())
     assert record["environment"]["dtype"] == "float16"
+
+
+def recorded(asked: list[str], folder: Path, *more: str) -> Any:
+    assert main([*asked, "--output-dir", str(folder), *more]) == 0
+    return json.loads((folder / "record.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--label-smoothing", "0.5"],
+        ["--mixup", "0.8"],
+        ["--cutmix", "0.8"],
+        ["--flip", "1"],
+        ["--crop-scale", "0.1", "0.2"],
+        ["--no-random-crop"],
+        ["--color-jitter", "0.9"],
+        ["--random-erasing", "1"],
+        ["--rand-augment", "rand-m9-mstd0.5-inc1"],
+        ["--drop-path", "0.9"],
+        ["--seed", "1"],
+        ["--mean", "0.1", "0.1", "0.1"],
+    ],
+)
+def test_a_flag_about_training_images_changes_the_first_loss(
+    flags: list[str], data: Path, weights: Path, plain_loss: float, tmp_path: Path
+) -> None:
+    record = recorded(one_step(data, weights), tmp_path / "run", *flags)
+    assert abs(record["history"]["loss"][0] - plain_loss) > 1e-4
+
+
+def test_the_same_command_line_gives_the_same_loss(
+    data: Path, weights: Path, plain_loss: float, tmp_path: Path
+) -> None:
+    assert recorded(one_step(data, weights), tmp_path / "run")["history"]["loss"][0] == plain_loss
+
+
+def one_step(data: Path, weights: Path) -> list[str]:
+    flags = [
+        "--num-steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--eval-limit",
+        "1",
+        "--macs",
+        "0.7",
+        "--no-tensorboard",
+    ]
+    return ["finetune", *MODEL, "--checkpoint", str(weights), "--data", str(data), *flags]
+
+
+@pytest.fixture(scope="module")
+def plain_loss(data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The loss of one step without any of the flags."""
+    record = recorded(one_step(data, weights), tmp_path_factory.mktemp("plain") / "run")
+    return float(record["history"]["loss"][0])
+
+
+def test_every_augmentation_option_has_its_place() -> None:
+    options = AugmentationOptions(
+        random_crop=False,
+        crop_scale=(0.2, 0.9),
+        flip=0.1,
+        color_jitter=0.3,
+        random_erasing=0.4,
+        mixup=0.5,
+        cutmix=0.6,
+        mix_probability=0.7,
+        mix_switch=0.8,
+    )
+    assert options.of_image() == Augmentation(
+        random_resized_crop=False,
+        scale=(0.2, 0.9),
+        flip=0.1,
+        color_jitter=0.3,
+        random_erasing=0.4,
+    )
+    assert options.of_batch() == Mixing(mixup=0.5, cutmix=0.6, probability=0.7, switch_probability=0.8)
+
+
+def test_each_split_serves_its_purpose(data: Path, weights: Path, tmp_path: Path) -> None:
+    """12 images to train on, 6 to evaluate on; limits apply to one of the two."""
+    asked = [*one_step(data, weights), "--eval-limit", "100"]
+    record = recorded(asked, tmp_path / "all")
+    assert record["facts"]["train_images"].startswith("12 (")
+    assert record["facts"]["eval_images"].startswith("6 (")
+    assert record["final"]["images"] == 6
+    assert recorded(asked, tmp_path / "few", "--train-limit", "3")["facts"]["train_images"].startswith("3 (")
+
+
+def test_a_resumed_run_keeps_the_points_before_its_checkpoint(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--num-steps", "4", "--checkpoint-every", "2", "--macs", "0.7"]
+
+    def stop(bar: Any, logs: Any) -> None:
+        if logs[-1].step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cpvit.finetune.progress.ProgressBar.on_steps", stop)
+        assert main(arguments(data, weights, tmp_path / "run", *flags)) == 130
+    assert main(arguments(data, weights, tmp_path / "run", *flags, "--resume")) == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(record["history"]["loss"])
+    assert [event.step for event in events.Scalars("eval/top1")] == [4]

@@ -10,7 +10,7 @@ import torch
 from conftest import IMAGE, tiny_vit
 from torch import nn
 
-from cpvit import PruneConfig
+from cpvit import Plan, PruneConfig
 from cpvit.data import Batches, ImageSource, Preprocessing, make_loader
 from cpvit.data.cifar import ArrayReader
 from cpvit.data.records import make_source
@@ -20,6 +20,7 @@ from cpvit.finetune import (
     FinetuneResult,
     OptimizerConfig,
     Processes,
+    RunOptions,
     finetune,
     start_processes,
 )
@@ -87,9 +88,11 @@ def train(
     *,
     model: nn.Module | None = None,
     mixing: Mixing | None = None,
+    pruning: PruneConfig | Plan | None = PRUNING,
+    trained_by: Processes | None = None,
     **options: Any,
 ) -> FinetuneResult:
-    """One run from the same start every time."""
+    """One run from the same start every time, on the images of one process; ``options`` are those of RunOptions."""
     torch.manual_seed(0)
     processes = start_processes("cpu")
     return finetune(
@@ -98,6 +101,7 @@ def train(
         eval_batches(processes=processes),
         config,
         folder,
-        processes=processes,
-        **{"pruning": PRUNING, **options},
+        pruning=pruning,
+        options=RunOptions(**options),
+        processes=trained_by or processes,
     )

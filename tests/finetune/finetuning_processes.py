@@ -106,6 +106,8 @@ def outcome(result: FinetuneResult) -> dict[str, Any]:
     return {
         "loss": result.history["loss"],
         "grad_norm": result.history["grad_norm"],
+        "images_per_s": result.history["images_per_s"],
+        "seconds": result.seconds,
         "evaluations": [dataclasses.asdict(evaluation) for evaluation in result.evaluations],
         "processes": result.facts["processes"],
     }

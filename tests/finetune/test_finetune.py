@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpvit import Plan, PruneConfig, load_pruned, plan_of, prune_
+from cpvit.adapters import open_host
 from cpvit.data.training import Mixing
 from cpvit.finetune import (
+    Callback,
     DistillationConfig,
     DivergedError,
     FinetuneConfig,
     FreezeConfig,
     OptimizerConfig,
-    Silent,
+    RunOptions,
     StepLog,
     TighteningConfig,
     start_processes,
@@ -34,17 +36,17 @@ from cpvit.measure.evaluate import predict
 SHORT = FinetuneConfig(num_steps=4, batch_size=6, optimization=SGD, checkpoint_every=2)
 
 
-class Listener(Silent):
-    """Writes down what it is told; may stop the run by an error, as a full disk or a person would."""
+class Listener(Callback):
+    """Keeps what it is called with; may stop the run by an error, as a full disk or a person would."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.logs: list[StepLog] = []
         self.tokens: list[int] = []
         self.model: Any = None
 
-    def steps(self, logs: Any) -> None:
+    def on_steps(self, logs: Any) -> None:
         self.logs += logs
         if self.model is not None:
             plan = plan_of(self.model)
@@ -52,8 +54,8 @@ class Listener(Silent):
         if self.stop_after is not None and logs[-1].step > self.stop_after:
             raise KeyboardInterrupt
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -185,7 +187,7 @@ class TestLearning:
         model = transformers.Dinov2ForImageClassification(config)
         result = train_square(tmp_path, model, PruneConfig(method="tome", macs=0.8), listener)
         assert result.best is not None
-        assert any("mask_token" in text for text in listener.said)
+        assert any("mask_token" in text for text in listener.messages)
         reloaded = load_pruned(tmp_path / "best")
         assert plan_of(reloaded) == result.plan
 
@@ -215,7 +217,7 @@ def train_square(folder: Path, model: nn.Module, pruning: PruneConfig, listener:
         dataclasses.replace(SHORT, distillation=DistillationConfig(distill=0.5, distill_features=0.1)),
         folder,
         pruning=pruning,
-        observer=listener,
+        options=RunOptions(callback=listener),
         processes=start_processes("cpu"),
     )
 
@@ -263,12 +265,12 @@ class TestTightening:
         config = dataclasses.replace(
             SHORT, num_steps=8, eval_every=2, tightening=TighteningConfig(tighten_steps=6, tighten_stages=3)
         )
-        result = train(tmp_path, config, model=model, observer=listener)
+        result = train(tmp_path, config, model=model, callback=listener)
         assert listener.tokens == [35, 35, 26, 26, 17, 17, 8, 8]
         assert result.plan is not None
         saved = load_pruned(tmp_path / "best", student())
         assert plan_of(saved) == result.plan
-        predictions = predict(saved, eval_batches(processes=start_processes("cpu")))
+        predictions = predict(open_host(saved), eval_batches(processes=start_processes("cpu")))
         assert result.best is not None
         assert predictions.top(1) == pytest.approx(result.best.top1)
 
@@ -319,9 +321,9 @@ class TestGoingOn:
 
         whole = train(tmp_path / "whole", config, model=start(), **options)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", config, model=start(), observer=Listener(stop), **options)
+            train(tmp_path / "parts", config, model=start(), callback=Listener(stop), **options)
         listener = Listener()
-        parts = train(tmp_path / "parts", config, model=start(), resume=True, observer=listener, **options)
+        parts = train(tmp_path / "parts", config, model=start(), resume=True, callback=listener, **options)
         for column in ("loss", "accuracy", "grad_norm", "learning_rate"):
             assert parts.history[column] == whole.history[column], column
         assert parts.evaluations == whole.evaluations
@@ -329,7 +331,7 @@ class TestGoingOn:
         for folder in ("best", "last"):
             assert same(weights(tmp_path / "parts" / folder), weights(tmp_path / "whole" / folder))
         expected = f"going on after step {parts.resumed_at} of" if stop else "no checkpoint in"
-        assert any(expected in text for text in listener.said)
+        assert any(expected in text for text in listener.messages)
 
     @pytest.mark.parametrize(
         ("stop", "words"),
@@ -341,8 +343,8 @@ class TestGoingOn:
     def test_an_interruption_says_how_to_go_on(self, stop: int, words: str, tmp_path: Path) -> None:
         listener = Listener(stop)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, SHORT, observer=listener)
-        assert words in listener.said[-1]
+            train(tmp_path, SHORT, callback=listener)
+        assert words in listener.messages[-1]
 
     def test_a_finished_run_has_nothing_left_to_do(self, tmp_path: Path) -> None:
         first = train(tmp_path, SHORT)
@@ -376,22 +378,22 @@ class TestGoingOn:
             train(tmp_path, dataclasses.replace(SHORT, **changes), resume=True)
 
     def test_another_plan_or_other_data_are_refused(self, tmp_path: Path) -> None:
-        train(tmp_path, SHORT, facts={"train_images": 24})
+        train(tmp_path, SHORT, fingerprint={"train_images": 24})
         with pytest.raises(ValueError, match="method was 'cpvit-merge' and is 'tome'"):
             train(tmp_path, SHORT, pruning=dataclasses.replace(PRUNING, method="tome"), resume=True)
         with pytest.raises(ValueError, match="train_images was 24 and is 25"):
-            train(tmp_path, SHORT, facts={"train_images": 25}, resume=True)
+            train(tmp_path, SHORT, fingerprint={"train_images": 25}, resume=True)
         with pytest.raises(ValueError, match="pruning was None and is 'dense'"):
-            train(tmp_path, SHORT, facts={"train_images": 24}, pruning=None, resume=True)
+            train(tmp_path, SHORT, fingerprint={"train_images": 24}, pruning=None, resume=True)
 
     def test_more_frequent_checkpoints_are_no_difference(self, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, SHORT, observer=Listener(2))
+            train(tmp_path, SHORT, callback=Listener(2))
         assert train(tmp_path, dataclasses.replace(SHORT, checkpoint_every=1), resume=True).resumed_at == 2
 
     def test_what_a_killed_process_left_is_removed(self, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, SHORT, observer=Listener(2))
+            train(tmp_path, SHORT, callback=Listener(2))
         (tmp_path / ".checkpoint.safetensors.abc").write_bytes(b"half")
         (tmp_path / "last/.saving-xyz").mkdir()
         (tmp_path / "last/.saving-xyz/model.safetensors").write_bytes(b"half")
@@ -417,8 +419,8 @@ class TestTrouble:
         model = student()
 
         class Poison(Listener):
-            def steps(self, logs: Any) -> None:
-                super().steps(logs)
+            def on_steps(self, logs: Any) -> None:
+                super().on_steps(logs)
                 if logs[-1].step == after + 1:
                     with torch.no_grad():
                         model.head.weight[0] = float("nan")
@@ -432,7 +434,7 @@ class TestTrouble:
                 r"the loss is nan at step 4 .*the checkpoint of step 2 is good: .*checkpoint",
             )
         with pytest.raises(DivergedError, match=words):
-            train(tmp_path, config, model=model, observer=Poison())
+            train(tmp_path, config, model=model, callback=Poison())
         if after:
             assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "last").values())
             assert train(tmp_path, SHORT, resume=True).resumed_at == 2
@@ -457,7 +459,7 @@ class TestTrouble:
         self, writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, SHORT, observer=Listener(2))
+            train(tmp_path, SHORT, callback=Listener(2))
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
 
         def full(*args: Any, **kwargs: Any) -> None:
@@ -492,7 +494,7 @@ class TestTrouble:
 
 class TestRecord:
     def test_it_holds_what_was_asked_done_and_measured(self, tmp_path: Path) -> None:
-        result = train(tmp_path, dataclasses.replace(SHORT, eval_every=2), facts={"data": "toy"})
+        result = train(tmp_path, dataclasses.replace(SHORT, eval_every=2), fingerprint={"data": "toy"})
         record = json.loads((tmp_path / "record.json").read_text())
         assert record["config"]["optimization"]["learning_rate"] == 0.05
         assert record["facts"]["data"] == "toy"
@@ -517,7 +519,7 @@ class TestRecord:
         assert result.final is not None
         assert result.best.top1 == max(evaluation.top1 for evaluation in result.evaluations)
         saved = load_pruned(tmp_path / "best", student())
-        predictions = predict(saved, eval_batches(processes=start_processes("cpu")))
+        predictions = predict(open_host(saved), eval_batches(processes=start_processes("cpu")))
         assert predictions.top(1) == pytest.approx(result.best.top1)
 
     def test_a_dense_run_saves_plain_weights(self, tmp_path: Path) -> None:

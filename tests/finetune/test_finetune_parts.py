@@ -19,21 +19,25 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from cpvit import Plan, PruneConfig, plan_of, prune_
 from cpvit.adapters import open_host
 from cpvit.finetune import (
+    Callback,
+    CallbackList,
     DistillationConfig,
     FinetuneConfig,
     FreezeConfig,
     OptimizerConfig,
-    Several,
-    Silent,
     StepLog,
     TighteningConfig,
+    start_processes,
 )
-from cpvit.finetune.checkpoint import Evaluation, TrainingState, differences, load_state, save_state
-from cpvit.finetune.log import TensorBoard
+from cpvit.finetune.checkpoint import Evaluation, TrainingState, load_state, save_state
+from cpvit.finetune.features import classifier_of
+from cpvit.finetune.fingerprint import differences
+from cpvit.finetune.freeze import drop_unused_, freeze_
+from cpvit.finetune.gradual import active, interpolated, plan_at, set_patches_
 from cpvit.finetune.losses import classification_loss, distillation_loss, feature_loss
-from cpvit.finetune.optimise import classifier_of, drop_unused_, freeze_, make_optimizer, make_schedule
-from cpvit.finetune.progress import Bar
-from cpvit.finetune.tighten import in_force, interpolated, plan_at, set_patches_
+from cpvit.finetune.optimizer import make_optimizer, make_schedule
+from cpvit.finetune.progress import ProgressBar
+from cpvit.finetune.tensorboard import TensorBoard
 from cpvit.machine.files import remove_leftovers, replacing, write_atomically
 from cpvit.weights.create import create_model
 
@@ -210,7 +214,7 @@ def transformers_vit() -> nn.Module:
 class TestFreezing:
     def test_the_embedding(self, make: Any) -> None:
         model = make()
-        freeze_(model, FreezeConfig(freeze="embed"))
+        freeze_(open_host(model), FreezeConfig(freeze="embed"))
         host = open_host(model)
         inside = {id(p) for block in host.blocks for p in block.module.parameters()}
         frozen = {id(p) for p in model.parameters() if not p.requires_grad}
@@ -219,21 +223,21 @@ class TestFreezing:
 
     def test_the_first_blocks(self, make: Any) -> None:
         model = make()
-        freeze_(model, FreezeConfig(freeze_blocks=2))
+        freeze_(open_host(model), FreezeConfig(freeze_blocks=2))
         trained = [any(p.requires_grad for p in b.module.parameters()) for b in open_host(model).blocks]
         assert trained == [False, False, True]
 
     def test_all_but_the_head(self, make: Any) -> None:
         model = make()
         classifier = classifier_of(open_host(model))
-        assert freeze_(model, FreezeConfig(freeze="all-but-head")) == sum(
+        assert freeze_(open_host(model), FreezeConfig(freeze="all-but-head")) == sum(
             p.numel() for p in classifier.parameters()
         )
         assert all(p.requires_grad for p in classifier.parameters())
 
     def test_all_but_the_norms_and_the_head(self, make: Any) -> None:
         model = make()
-        freeze_(model, FreezeConfig(freeze="all-but-norm-and-head"))
+        freeze_(open_host(model), FreezeConfig(freeze="all-but-norm-and-head"))
         norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         classifier = classifier_of(open_host(model))
@@ -241,7 +245,7 @@ class TestFreezing:
 
     def test_more_blocks_than_there_are(self, make: Any) -> None:
         with pytest.raises(ValueError, match=r"freeze_blocks is 4 but \S+ has 3 blocks"):
-            freeze_(make(), FreezeConfig(freeze_blocks=4))
+            freeze_(open_host(make()), FreezeConfig(freeze_blocks=4))
 
 
 def test_stochastic_depth_is_timms_only() -> None:
@@ -257,7 +261,7 @@ def test_a_model_without_a_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no linear classifier under the names head\.fc, head"):
         classifier_of(open_host(headless))
     with pytest.raises(ValueError, match="has no head to train"):
-        freeze_(headless, FreezeConfig(freeze="all-but-head"))
+        freeze_(open_host(headless), FreezeConfig(freeze="all-but-head"))
 
 
 def test_what_the_answer_does_not_depend_on_is_found_without_a_trace() -> None:
@@ -265,7 +269,7 @@ def test_what_the_answer_does_not_depend_on_is_found_without_a_trace() -> None:
     model.register_parameter("idle", nn.Parameter(torch.zeros(2)))
     model.train()
     before = torch.get_rng_state()
-    assert drop_unused_(model, (3, 40, 56)) == ("idle",)
+    assert drop_unused_(open_host(model)) == ("idle",)
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -292,32 +296,32 @@ class TestTightening:
     def test_every_stage_is_a_plan_that_can_be_applied(self, method: str, share: float) -> None:
         model = student()
         plan = prune_(model, PruneConfig(method=method, keep_per_block=(18, 9, 5)))
-        set_patches_(model, interpolated(plan, share))
+        set_patches_(open_host(model), interpolated(plan, share))
         model.train()(torch.randn(2, 3, 40, 56)).sum().backward()
         assert plan_of(model) == interpolated(plan, share)
 
-    def test_a_plan_in_force_for_a_while(self) -> None:
+    def test_a_plan_that_is_active_for_a_while(self) -> None:
         model = student()
         images = torch.randn(2, 3, 40, 56)
         plan = prune_(model, PruneConfig(keep_per_block=(18, 9, 5)))
         strict = model(images)
-        set_patches_(model, interpolated(plan, 0.0))
+        set_patches_(open_host(model), interpolated(plan, 0.0))
         loose = model(images)
-        with in_force(model, plan):
+        with active(open_host(model), plan):
             assert torch.equal(model(images), strict)
         assert torch.equal(model(images), loose)
         assert not torch.equal(strict, loose)
 
     def test_a_dense_model_has_no_plan_to_change(self) -> None:
         with pytest.raises(ValueError, match="is not pruned; call prune_"):
-            set_patches_(student(), PLAN)
+            set_patches_(open_host(student()), PLAN)
 
 
 def state_of(step: int = 3, **changes: Any) -> TrainingState:
     tensor = torch.randn(4, 3)
     state = TrainingState(
         step=step,
-        facts={"seed": 1, "nested": {"rate": 0.1}},
+        fingerprint={"seed": 1, "nested": {"rate": 0.1}},
         plan=PLAN.to_json(),
         model={"a": tensor, "shared": tensor, "half": torch.randn(2).bfloat16(), "view": tensor.t()},
         optimizer={0: {"step": torch.tensor(3.0), "momentum_buffer": None}, 7: {"exp.avg": torch.randn(2)}},
@@ -335,7 +339,7 @@ class TestState:
         state = state_of()
         save_state(tmp_path / "state", state)
         found = load_state(tmp_path / "state")
-        for name in ("step", "facts", "plan", "scaler", "evaluations", "seconds"):
+        for name in ("step", "fingerprint", "plan", "scaler", "evaluations", "seconds"):
             assert getattr(found, name) == getattr(state, name)
         for name in ("model", "ema"):
             one, other = getattr(found, name), getattr(state, name)
@@ -427,19 +431,19 @@ class TestFiles:
         assert {path.name for path in tmp_path.iterdir()} == {"file", ".other.x1"}
 
 
-class TestObservers:
+class TestCallbacks:
     LOGS = (StepLog(1, 2.0, 10.0, 1.0, 0.1, 50.0), StepLog(2, 1.0, 20.0, 1.0, 0.1, 60.0))
     EVALUATION = Evaluation(2, 71.25, 99.5, 0.8125, 400)
 
-    def on_message(self, observer: Any) -> None:
-        observer.start(0, 2)
-        observer.steps(self.LOGS)
-        observer.evaluated(self.EVALUATION, best=True)
-        observer.say("a [remark]")
-        observer.stop()
+    def call(self, callback: Any) -> None:
+        callback.on_start(0, 2)
+        callback.on_steps(self.LOGS)
+        callback.on_evaluation(self.EVALUATION, best=True)
+        callback.on_message("a [remark]")
+        callback.on_stop()
 
     def test_the_bar_speaks_on_stderr(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.on_message(Bar())
+        self.call(ProgressBar())
         captured = capsys.readouterr()
         assert captured.out.strip() == ""
         assert "step 2: top-1 71.25%, top-5 99.50%, loss 0.8125 on 400 images" in captured.err
@@ -449,12 +453,17 @@ class TestObservers:
     def test_the_curves_are_written_and_a_run_that_goes_on_replaces_them(self, tmp_path: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        self.on_message(Several(Silent(), TensorBoard(tmp_path)))
-        again = TensorBoard(tmp_path)
-        again.start(1, 2)
-        again.steps([dataclasses.replace(self.LOGS[1], loss=0.5)])
-        again.stop()
-        events = EventAccumulator(str(tmp_path))
+        processes = start_processes("cpu", logging_dir=tmp_path)
+        self.call(CallbackList(Callback(), TensorBoard(processes)))
+        again = TensorBoard(processes)
+        again.on_start(1, 2)
+        again.on_steps([dataclasses.replace(self.LOGS[1], loss=0.5)])
+        again.on_stop()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
         events.Reload()
         assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 0.5)]
         assert {"eval/top1", "eval/top5", "eval/loss", "train/images_per_s"} <= set(events.Tags()["scalars"])
+
+    def test_curves_need_a_folder(self) -> None:
+        with pytest.raises(ValueError, match=r"nowhere to write.*start_processes\(logging_dir=\.\.\.\)"):
+            TensorBoard(start_processes("cpu"))

@@ -17,7 +17,9 @@ SCRIPT = Path(__file__).with_name("finetuning_processes.py")
 
 
 def outcome_of(what: str, folder: Path) -> Any:
-    places = os.pathsep.join([str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    places = os.pathsep.join(
+        [str(SCRIPT.parent), str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     result = subprocess.run(
         [sys.executable, str(SCRIPT), what, str(folder)],
         env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
@@ -53,6 +55,9 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
             assert shared == pytest.approx(single, rel=1e-4)
             assert shared["images"] == 18, "every image counts once"
     assert found["rank0"]["loss"] == found["rank1"]["loss"]
+    for run in found.values():
+        # Eight images a step, however many processes share them.
+        assert sum(8 / speed for speed in run["images_per_s"]) == pytest.approx(run["seconds"])
     one, other = (load_file(tmp_path / run / "last/model.safetensors") for run in ("run", "alone"))
     for key in other:
         torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-5)

@@ -22,10 +22,17 @@ from cpvit.data import (
     make_loader,
     make_train_batches,
 )
-from cpvit.finetune import FinetuneConfig, OptimizerConfig, Processes, Several, finetune, start_processes
-from cpvit.finetune.folder import RunFolder
-from cpvit.finetune.log import TensorBoard
-from cpvit.finetune.progress import Bar
+from cpvit.finetune import (
+    CallbackList,
+    FinetuneConfig,
+    OptimizerConfig,
+    Processes,
+    RunOptions,
+    finetune,
+    start_processes,
+)
+from cpvit.finetune.progress import ProgressBar
+from cpvit.finetune.tensorboard import TensorBoard
 from cpvit.machine.device import choose_device, choose_dtype
 from cpvit.measure.evaluate import evaluate
 from cpvit.plans.config import PruneConfig
@@ -62,7 +69,7 @@ class SeedArguments:
     eval_every: int = 3125
     """Steps between evaluations while training."""
     learning_rate: float = 3e-2
-    """Of SGD at its height."""
+    """Peak learning rate of SGD."""
     weight_decay: float = 0.0
     """Of SGD."""
     num_steps: int = 10000
@@ -88,7 +95,7 @@ class SeedArguments:
     macs: float | None = None
     """Fraction of the dense MACs to spend (by default half of the patches are left at the end)."""
     resume: bool = False
-    """Go on from the checkpoint in output_dir."""
+    """Resume from the checkpoint in output_dir."""
     device: str = "auto"
     """auto, cpu, cuda ..."""
 
@@ -130,7 +137,7 @@ SEED_CROP = (0.05, 1.0)
 
 def run_train(arguments: SeedArguments) -> None:
     """Finetune a pruned model on CIFAR, as the original train.py was meant to."""
-    processes = start_processes(arguments.device)
+    processes = start_processes(arguments.device, logging_dir=arguments.output_dir.expanduser())
     set_seed(arguments.seed)
     classes = CLASSES[arguments.dataset]
     model = create_model(arguments.model_type, num_classes=classes, image_size=arguments.img_size)
@@ -145,13 +152,15 @@ def run_train(arguments: SeedArguments) -> None:
         seed_config(arguments),
         arguments.output_dir,
         pruning=PruneConfig(macs=arguments.macs),
-        resume=arguments.resume,
-        facts={
-            "dataset": arguments.dataset,
-            "pretrained_dir": arguments.pretrained_dir.name,
-            "img_size": arguments.img_size,
-        },
-        observer=Several(Bar(), TensorBoard(RunFolder(arguments.output_dir).tensorboard)),
+        options=RunOptions(
+            resume=arguments.resume,
+            fingerprint={
+                "dataset": arguments.dataset,
+                "pretrained_dir": arguments.pretrained_dir.name,
+                "img_size": arguments.img_size,
+            },
+            callback=CallbackList(ProgressBar(), TensorBoard(processes)),
+        ),
         processes=processes,
     )
     if processes.is_main:
@@ -162,7 +171,7 @@ def run_train(arguments: SeedArguments) -> None:
 
 
 def seed_config(arguments: SeedArguments) -> FinetuneConfig:
-    """The original's recipe: SGD with momentum 0.9, linear warm-up, then a cosine or a line."""
+    """The original's settings: SGD with momentum 0.9, linear warm-up, then a cosine or a line."""
     return FinetuneConfig(
         num_steps=arguments.num_steps,
         batch_size=arguments.train_batch_size,

@@ -1,5 +1,6 @@
-"""Pruning with finetuning: train a pruned model so that it wins back what pruning cost."""
+"""Pruning with finetuning: train a pruned model so that it recovers the accuracy that pruning cost."""
 
+from cpvit.finetune.callbacks import Callback, CallbackList, StepLog
 from cpvit.finetune.checkpoint import Evaluation
 from cpvit.finetune.config import (
     DistillationConfig,
@@ -8,23 +9,23 @@ from cpvit.finetune.config import (
     OptimizerConfig,
     TighteningConfig,
 )
-from cpvit.finetune.loop import DivergedError, finetune
-from cpvit.finetune.observe import Observer, Several, Silent, StepLog
+from cpvit.finetune.loop import DivergedError
 from cpvit.finetune.processes import Processes, start_processes
 from cpvit.finetune.result import FinetuneResult
+from cpvit.finetune.run import RunOptions, finetune
 
 __all__ = [
+    "Callback",
+    "CallbackList",
     "DistillationConfig",
     "DivergedError",
     "Evaluation",
     "FinetuneConfig",
     "FinetuneResult",
     "FreezeConfig",
-    "Observer",
     "OptimizerConfig",
     "Processes",
-    "Several",
-    "Silent",
+    "RunOptions",
     "StepLog",
     "TighteningConfig",
     "finetune",

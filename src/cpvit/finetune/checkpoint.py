@@ -41,21 +41,21 @@ class Evaluation:
 
 @dataclass
 class TrainingState:
-    """What a run needs to go on: after ``step`` steps."""
+    """What a run needs to be resumed after ``step`` steps."""
 
     step: int
-    facts: dict[str, Any]
-    """What the run was started with; a run that goes on must have the same."""
+    fingerprint: dict[str, Any]
+    """What the run was started with (:mod:`cpvit.finetune.fingerprint`); a resumed run must have the same."""
     plan: str | None
     """JSON of the plan; None for dense."""
     model: dict[str, Tensor]
     optimizer: dict[int, dict[str, Any]]
-    """Per parameter, as in the optimiser's state_dict."""
+    """Per parameter, as in the optimizer's state_dict."""
     history: Tensor
     """float64, a row per step."""
     ema: dict[str, Tensor] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
-    """Of the loss scale."""
+    """Of the gradient scaler."""
     evaluations: tuple[Evaluation, ...] = ()
     seconds: float = 0.0
     """Time spent in training steps so far."""
@@ -77,7 +77,7 @@ def save_state(path: Path, state: TrainingState) -> None:
     rest = {
         "version": VERSION,
         "step": state.step,
-        "facts": state.facts,
+        "facts": state.fingerprint,
         "plan": state.plan,
         "optimizer": numbers,
         "ema": state.ema is not None,
@@ -108,7 +108,7 @@ def load_state(path: Path) -> TrainingState:
         )
     return TrainingState(
         step=rest["step"],
-        facts=rest["facts"],
+        fingerprint=rest["facts"],
         plan=rest["plan"],
         model=_below(_MODEL, tensors),
         optimizer=_joined(_below(_OPTIMIZER, tensors), rest["optimizer"]),
@@ -131,30 +131,6 @@ class os_errors:  # noqa: N801 -- reads as a word in a with statement
             raise OSError(str(error)) from None
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two sets of facts, in words, one per entry."""
-    old, new = _flat(then), _flat(now)
-    names = [*old, *(name for name in new if name not in old)]
-    return [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
-def as_facts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As they will come back from JSON."""
-    facts: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    return facts
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
 def _metadata(rest: dict[str, Any]) -> dict[str, str]:
     return {"format": "pt", "state": json.dumps(rest)}
 
@@ -173,7 +149,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split(optimizer: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's tensors and its plain numbers, as ``<parameter>.<name>``."""
+    """The optimizer's tensors and its plain numbers, as ``<parameter>.<name>``."""
     flat = {f"{number}.{name}": value for number, part in optimizer.items() for name, value in part.items()}
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in flat.items() if name not in tensors}

@@ -1,4 +1,4 @@
-"""How a model shall be finetuned: frozen values that refuse what makes no sense."""
+"""How a model is finetuned: frozen values that refuse what makes no sense."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ DtypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Freeze: TypeAlias = Literal["none", "embed", "all-but-head", "all-but-norm-and-head"]
 
 WARMUP_SHARE = 20
-"""By default one step in so many warms up."""
+"""By default one step in this many is a warm-up step."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimiser and its learning rate over the steps."""
+    """The optimizer and its learning rate over the steps."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd (with momentum, not Nesterov's; its weight decay also covers biases and norms)."""
     learning_rate: float = 1e-4
-    """At its height."""
+    """Peak value, reached after the warm-up."""
     weight_decay: float = 0.05
     """Of weights; with adamw not of biases, norms and embeddings."""
     layer_decay: float | None = None
@@ -30,7 +30,7 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm."""
     warmup_steps: int | None = None
-    """Steps until the learning rate is at its height; by default a twentieth of all."""
+    """Steps until the learning rate reaches its peak; by default a twentieth of all."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after that; cosine and linear fall to 0."""
 
@@ -54,11 +54,11 @@ class DistillationConfig:
     """Learning from a dense teacher beside the labels."""
 
     distill: float = 0.0
-    """Share of the loss that follows the teacher's class distribution instead of the label, 0 to 1."""
+    """Weight of the distillation loss against that of the labels, 0 to 1."""
     temperature: float = 1.0
-    """By which the logits of teacher and student are divided for that."""
+    """The logits of teacher and student are divided by it in the distillation loss."""
     distill_features: float = 0.0
-    """Weight of the loss that follows what the teacher's classifier reads (the class token)."""
+    """Weight of the loss on the features that the teacher's classifier reads (the class token)."""
 
     def __post_init__(self) -> None:
         _check_number("distill", self.distill, least=0, most=1)
@@ -73,12 +73,12 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TighteningConfig:
-    """Pruning that starts at nothing and tightens to the plan."""
+    """Gradual pruning: it starts with nothing pruned and reaches the plan in stages."""
 
     tighten_steps: int = 0
-    """Steps after which the plan is in force; until then less is pruned."""
+    """Steps after which the plan is active; until then less is pruned."""
     tighten_stages: int = 4
-    """In how many steps the pruning tightens."""
+    """Number of stages of gradual pruning."""
 
     def __post_init__(self) -> None:
         _check_count("tighten_steps", self.tighten_steps, least=0)
@@ -104,7 +104,7 @@ class FinetuneConfig:
     """Everything that decides what comes out of a run, but for the model, its plan and the images."""
 
     num_steps: int = 1000
-    """Steps of the optimiser."""
+    """Optimizer steps."""
     batch_size: int = 64
     """Images per step in each process."""
     accumulation: int = 1

@@ -1,6 +1,6 @@
 """The folder of a run.
 
-checkpoint.safetensors   everything needed to go on (:mod:`cpvit.finetune.checkpoint`)
+checkpoint.safetensors   everything needed to resume (:mod:`cpvit.finetune.checkpoint`)
 best/, last/             the model, as ``save_pruned`` writes it; of a dense run its weights alone
 plan.json                the plan, if the model is pruned
 record.json              what was done and what came out, up to now
@@ -21,6 +21,9 @@ from cpvit.machine.files import remove_leftovers, replacing, write_atomically
 from cpvit.plans.plan import Plan
 from cpvit.weights.saving import WEIGHTS, save_pruned
 
+TENSORBOARD = "tensorboard"
+"""Name of the folder with the curves."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -30,7 +33,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The state to go on from."""
+        """The state to resume from."""
         return self.path / "checkpoint.safetensors"
 
     @property
@@ -56,13 +59,13 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         """The curves."""
-        return self.path / "tensorboard"
+        return self.path / TENSORBOARD
 
-    def found(self, *, resume: bool) -> TrainingState | None:
-        """The state to go on from; None if the run starts anew.
+    def load(self, *, resume: bool) -> TrainingState | None:
+        """The state to resume from; None if the run starts anew.
 
         Raises:
-            ValueError: The folder holds a run and it was not asked to go on, or the checkpoint is damaged.
+            ValueError: The folder holds a run and ``resume`` is not set, or the checkpoint is damaged.
         """
         if not resume:
             self._refuse_to_overwrite()
@@ -76,7 +79,7 @@ class RunFolder:
         if held:
             raise ValueError(
                 f"{self.path} holds a run already ({held[0].relative_to(self.path)}), which would be overwritten; "
-                "go on with it (--resume, resume=True), or give another folder (--output-dir)"
+                "go on with it (--resume, RunOptions(resume=True)), or give another folder (--output-dir)"
             )
 
     def prepare(self) -> None:
@@ -108,7 +111,7 @@ class RunFolder:
                 save_file(weights, temporary, {"format": "pt"})
 
     def save_state(self, state: TrainingState) -> None:
-        """Write the state to go on from.
+        """Write the state to resume from.
 
         Raises:
             OSError: It cannot be written; the old one is untouched.

@@ -1,4 +1,4 @@
-"""What is minimised: the labels, and how far the student is from a dense teacher.
+"""The losses: against the labels, and the distance of the student from a dense teacher.
 
 Legend: B images, K classes, C channels.
 """

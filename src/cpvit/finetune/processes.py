@@ -1,16 +1,16 @@
-"""One process or many: Hugging Face Accelerate behind the few things a training loop needs of it.
+"""One process or many: Hugging Face Accelerate, set up for the training loop.
 
 Many are started by ``torchrun`` or ``accelerate launch``; nothing here launches anything.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpvit.machine.device import choose_device
 
@@ -20,7 +20,7 @@ class Processes:
     """This process among those that train together."""
 
     accelerator: Any
-    """Accelerate's, set up without mixed precision: the loop does that itself."""
+    """Accelerate's; without its mixed precision (:mod:`cpvit.finetune.precision`)."""
     device: torch.device
 
     @property
@@ -36,17 +36,7 @@ class Processes:
     @property
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
-        return self.rank == 0
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in training: it averages gradients over the processes."""
-        wrapped: nn.Module = self.accelerator.prepare_model(model, device_placement=False)
-        return wrapped
-
-    def without_averaging(self, model: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
-        """Gradients are only added up inside: more passes of the same step follow."""
-        held: AbstractContextManager[Any] = self.accelerator.no_sync(model) if when else nullcontext()
-        return held
+        return bool(self.accelerator.is_main_process)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes, on every one of them."""
@@ -67,16 +57,17 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     def part(self) -> None:
-        """Take leave of the others, at the very end; nothing happens if there are none."""
+        """Leave the process group, at the very end; nothing happens if there is none."""
         if self.world_size > 1:
             self.accelerator.end_training()
 
 
-def start_processes(device: str = "auto") -> Processes:
+def start_processes(device: str = "auto", *, logging_dir: Path | None = None) -> Processes:
     """Join the processes this one was started with, or be the only one.
 
     Args:
-        device: auto, cpu, cuda ...; several processes take the GPU of their number each.
+        device: auto, cpu, cuda ...; several processes take the accelerator of their number each.
+        logging_dir: Where the ``TensorBoard`` callback makes its folder; needed only for that.
 
     Raises:
         ValueError: Started for a kind of parallelism that splits the model, or an unknown device.
@@ -85,11 +76,13 @@ def start_processes(device: str = "auto") -> Processes:
     from accelerate.utils import DistributedType
 
     chosen = choose_device(device)
-    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in known:
+    tracking = {} if logging_dir is None else {"log_with": "tensorboard", "project_dir": logging_dir}
+    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no", **tracking)
+    kind = accelerator.distributed_type
+    # One name per kind of device: MULTI_CPU, MULTI_GPU, MULTI_XPU ...
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise ValueError(
-            f"finetuning runs in one process or data-parallel, not with {accelerator.distributed_type.value}; "
+            f"finetuning runs in one process or data-parallel, not with {kind.value}; "
             "start it with torchrun, or with accelerate launch --multi_gpu"
         )
     return Processes(accelerator, chosen if accelerator.num_processes == 1 else accelerator.device)

@@ -1,4 +1,4 @@
-"""What a run of finetuning comes to, and its record."""
+"""The result of a finetuning run, and its record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FinetuneResult:
     """None for a dense run."""
     config: FinetuneConfig
     facts: dict[str, Any]
-    """What the caller said about the run (model, checkpoint, data ...), and the number of processes."""
+    """The run fingerprint (:mod:`cpvit.finetune.fingerprint`)."""
     final: Evaluation | None
     """None only in the record of a run that is not evaluated yet."""
     best: Evaluation | None

@@ -49,7 +49,9 @@ class PruneConfig:
     left and the hardware likes them; "auto" measures which number is fastest on this machine for this model."""
 
     def __post_init__(self) -> None:
-        budgets = [name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None]
+        budgets = [
+            name for name in ("keep_rate", "macs", "keep_per_block") if getattr(self, name) is not None
+        ]
         if len(budgets) > 1:
             raise ValueError(f"give one of keep_rate, macs and keep_per_block, not {' and '.join(budgets)}")
         for name in ("keep_rate", "macs", "head_keep_rate"):

@@ -1,4 +1,4 @@
-"""Pruning that tightens over the first steps: from everything kept to the plan, in a few stages."""
+"""Gradual pruning: over the first steps the model goes from everything kept to the plan, in a few stages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch import nn
-
-from cpvit.adapters import open_host
+from cpvit.adapters import Host
 from cpvit.finetune.config import TighteningConfig
 from cpvit.methods import method_named
 from cpvit.plans.plan import Plan
@@ -18,10 +16,10 @@ from cpvit.pruning.install import CascadeContainer, installed
 
 
 def plan_at(plan: Plan, config: TighteningConfig, step: int) -> Plan:
-    """The plan in force at a step: a pure function of its number, so that a resumed run meets the same one.
+    """The active plan at a step: a pure function of its number, so that a resumed run uses the same one.
 
     Of what the plan removes before each block leaves, stage s of S removes the share s / S; the last stage is
-    the plan itself. Heads are cut from the start: their weights are parameters, which an optimiser must not lose.
+    the plan itself. Heads are cut from the start: their weights are parameters, which an optimizer must not lose.
     """
     if step >= config.tighten_steps:
         return plan
@@ -38,12 +36,15 @@ def interpolated(plan: Plan, share: float) -> Plan:
     return replace(plan, patches_per_block=patches, dial=f"{plan.dial}, {share:.0%} of it")
 
 
-def set_patches_(model: nn.Module, plan: Plan) -> None:
+def set_patches_(host: Host, plan: Plan) -> None:
     """Change how many patches leave each block of a pruned model, and nothing else.
 
-    Unlike ``prune_`` this touches no parameter: cut heads stay cut, and an optimiser keeps what it holds.
+    Unlike ``prune_`` this touches no parameter: cut heads stay cut, and an optimizer keeps its state.
+
+    Raises:
+        ValueError: The model is not pruned.
     """
-    container = _container(model)
+    container = _container(host)
     if container.plan == plan:
         return
     cascade = container.cascade
@@ -53,22 +54,21 @@ def set_patches_(model: nn.Module, plan: Plan) -> None:
 
 
 @contextmanager
-def in_force(model: nn.Module, plan: Plan | None) -> Iterator[None]:
+def active(host: Host, plan: Plan | None) -> Iterator[None]:
     """Another plan inside the ``with``; None leaves the model as it is."""
     if plan is None:
         yield
         return
-    before = _container(model).plan
-    assert before is not None, "a model that prunes has a plan"
-    set_patches_(model, plan)
+    before = _container(host).plan
+    assert before is not None, "a pruned model has a plan"
+    set_patches_(host, plan)
     try:
         yield
     finally:
-        set_patches_(model, before)
+        set_patches_(host, before)
 
 
-def _container(model: nn.Module) -> CascadeContainer:
-    host = open_host(model)
+def _container(host: Host) -> CascadeContainer:
     container = installed(host)
     if container is None:
         raise ValueError(f"{host.name} is not pruned; call prune_(model) first")
