@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
@@ -30,10 +30,11 @@ from cpvit.data import (
     Preprocessing,
     ShardSource,
     TrainBatches,
+    TrainLoaderOptions,
+    find_samples,
     label_map,
     make_loader,
     make_train_batches,
-    open_data,
 )
 from cpvit.finetune import FinetuneConfig, Observer, Processes, Several, finetune, start_processes
 from cpvit.finetune.folder import RunFolder
@@ -143,15 +144,12 @@ class AugmentationOptions:
         )
 
 
-Source: TypeAlias = ImageSource | ShardSource
-
-
 @dataclass(frozen=True)
 class Images:
     """Both splits, opened."""
 
-    train: Source
-    test: Source
+    train: ImageSource
+    test: ImageSource
     num_classes: int
 
     @property
@@ -238,11 +236,11 @@ def _wanted(pruning: PruneConfig, plan: Path | None, dense: bool) -> PruneConfig
 
 
 def _images(start: StartOptions, data: TrainDataOptions, seed: int) -> Images:
-    train = open_data(data.data, split="train", data_dir=data.data_dir, download=data.download)
+    train = find_samples(data.data, split="train", data_dir=data.data_dir, download=data.download)
     if data.eval_data is not None:
-        test = open_data(data.eval_data)
+        test = find_samples(data.eval_data)
     elif train.split_name is not None:
-        test = open_data(data.data, split="test", data_dir=data.data_dir, download=data.download)
+        test = find_samples(data.data, split="test", data_dir=data.data_dir, download=data.download)
     else:
         raise ValueError(
             f"{data.data} has no train/ and test/ (or val/) folders, so there is nothing apart to evaluate on; "
@@ -253,7 +251,7 @@ def _images(start: StartOptions, data: TrainDataOptions, seed: int) -> Images:
     return Images(train.limited(data.train_limit, seed), test.limited(data.eval_limit, seed), num_classes)
 
 
-def _num_classes(start: StartOptions, train: Source) -> int:
+def _num_classes(start: StartOptions, train: ImageSource) -> int:
     """As asked for, or the head of the checkpoint where the images' classes fit it, or one per class folder."""
     if start.num_classes is not None:
         return start.num_classes
@@ -267,7 +265,7 @@ def _num_classes(start: StartOptions, train: Source) -> int:
     return len(train.classes)
 
 
-def _known(train: Source, num_classes: int) -> bool:
+def _known(train: ImageSource, num_classes: int) -> bool:
     """Whether a head of so many classes has a place for every class of the images (a subset of ImageNet's)."""
     try:
         label_map(train, num_classes)
@@ -359,19 +357,18 @@ def _train_batches(
     workers: int,
     processes: Processes,
 ) -> TrainBatches:
-    return make_train_batches(
-        images.train,
-        prepared,
-        labels=images.train_labels,
-        num_classes=images.num_classes,
+    options = TrainLoaderOptions(
         batch_size=training.micro_batch_size,
         seed=training.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        num_workers=workers,
         augmentation=augmentation.of_image(),
         mixing=augmentation.of_batch(),
         label_smoothing=augmentation.label_smoothing,
+        num_workers=workers,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    return make_train_batches(
+        images.train, prepared, options, labels=images.train_labels, num_classes=images.num_classes
     )
 
 
@@ -420,11 +417,12 @@ def _digest_of_file(path: Path | None) -> str | None:
     return f"{path.name} (sha256 {digest.hexdigest()[:16]})"
 
 
-def _identity(source: Source) -> str:
+def _identity(source: ImageSource) -> str:
     """How many images, and which: their names below the source, and their classes."""
-    names = (
-        [(shard.name, size) for shard, size in zip(source.shards, source.sizes, strict=True)]
-        if isinstance(source, ShardSource)
-        else [(sample.key, sample.class_name) for sample in source.samples]
-    )
+    if not isinstance(source, ShardSource):
+        names: list[Any] = [(sample.key, sample.class_name) for sample in source.samples]
+    else:
+        names = [(shard.name, size) for shard, size in zip(source.shards, source.sizes, strict=True)]
+        if source.is_part:
+            names += source.samples.places.tolist()
     return f"{len(source)} (sha256 of the names {sha256(repr(names).encode()).hexdigest()[:16]})"
