@@ -1,114 +1,44 @@
-"""Shards: which files they are, what a damaged one says, and that streaming is addressable all the same."""
+"""Shards: which files a name means, and what a damaged one says."""
 
 from __future__ import annotations
 
 import io
-import json
+import resource
 import tarfile
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from sharding import (
+    CLASSES,
+    SIZES,
+    SMALL,
+    TOTAL,
+    WORKERS,
+    batches_of,
+    png,
+    sample,
+    take,
+    write_shards,
+    write_tar,
+)
 
 from cpvit.data import (
-    Augmentation,
     BadArchiveError,
     BadImageError,
     ImageSource,
-    Mixing,
-    Preprocessing,
     ShardSource,
-    TrainBatch,
-    TrainBatches,
     find_samples,
     label_map,
     make_loader,
-    make_train_batches,
     open_data,
     open_shards,
 )
-from cpvit.data.order import Share, stream_order
-from cpvit.data.shards import shuffled_stream
-
-SMALL = Preprocessing(image_size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
-PLAIN = Augmentation(random_resized_crop=False, flip=0.0)
-# Forking is what is tested, and there may be more workers than cores.
-WORKERS = pytest.mark.filterwarnings(
-    "ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create"
-)
-CLASSES = 40
-SIZES = (7, 3, 11, 0, 5)
-TOTAL = sum(SIZES)
-
-
-def png(value: int) -> bytes:
-    """An image whose red says which it is."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def sample(number: int) -> list[tuple[str, bytes]]:
-    """Image `number` with label `number`, in one of the ways it may be stored."""
-    stem = f"{number:06d}"
-    image, cls = (f"{stem}.png", png(number)), (f"{stem}.cls", str(number).encode())
-    described = (f"{stem}.json", json.dumps({"label": number, "width": 8}).encode())
-    return [[image, cls], [cls, image], [image, described], [described, cls, image, (f"{stem}.txt", b"x")]][
-        number % 4
-    ]
-
-
-def write_shards(folder: Path, sizes: Sequence[int] = SIZES, name: str = "train-{:06d}.tar") -> Path:
-    number = 0
-    for index, size in enumerate(sizes):
-        members = [member for n in range(number, number + size) for member in sample(n)]
-        write_tar(folder / name.format(index), members)
-        number += size
-    return folder
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ShardSource:
     """26 samples in 5 shards."""
     return open_shards(write_shards(tmp_path_factory.mktemp("shards")))
-
-
-def batches_of(
-    source: ShardSource, *, batch_size: int = 4, augmentation: Augmentation = PLAIN, **options: int
-) -> TrainBatches:
-    return make_train_batches(
-        source,
-        SMALL,
-        labels=label_map(source, CLASSES),
-        num_classes=CLASSES,
-        batch_size=batch_size,
-        seed=3,
-        augmentation=augmentation,
-        mixing=Mixing(),
-        **{"shuffle_buffer": 6, **options},
-    )
-
-
-def take(batches: TrainBatches, count: int, start: int = 0) -> list[TrainBatch]:
-    return list(islice(batches.starting_at(start), count))
-
-
-def labels_of(batches: Sequence[TrainBatch]) -> list[int]:
-    return torch.cat([batch.labels for batch in batches]).tolist()
 
 
 # --- finding ---
@@ -165,11 +95,13 @@ def test_other_data_is_no_shards(tmp_path: Path, tiny_tar: Path) -> None:
     assert isinstance(open_data(tmp_path), ImageSource)
 
 
-def test_find_samples_points_to_open_data(source: ShardSource) -> None:
-    with pytest.raises(
-        ValueError, match=r"names shards, which are read as a stream .*; open it with open_data"
-    ):
-        find_samples(source.shards[0].parent)
+def test_find_samples_and_open_data_open_shards(source: ShardSource) -> None:
+    for opened in (find_samples, open_data):
+        found = opened(source.shards[0].parent)
+        assert isinstance(found, ShardSource)
+        assert list(found.samples) == list(source.samples)
+    with pytest.raises(ValueError, match=r"data_dir and download .* are for cifar10 and cifar100"):
+        find_samples(source.shards[0].parent, download=True)
 
 
 def test_junk_is_passed_over(tmp_path: Path) -> None:
@@ -179,50 +111,23 @@ def test_junk_is_passed_over(tmp_path: Path) -> None:
     assert open_shards(tmp_path).sizes == (1,)
 
 
-def test_a_part_of_the_samples_is_refused(source: ShardSource) -> None:
-    assert source.limited(None) is source.limited(TOTAL) is source
-    with pytest.raises(
-        ValueError, match=r"cannot take 5 of the 26 samples of .*; name fewer of them with braces"
-    ):
-        source.limited(5)
-    with pytest.raises(
-        ValueError, match=r"cannot set 5 of the 26 samples of .* apart: .*; name different shards"
-    ):
-        source.split(5)
-
-
-# --- sizes ---
-
-
-def test_sizes_are_trusted_until_proved_wrong(tmp_path: Path) -> None:
+def test_a_file_with_sizes_beside_the_shards_is_not_needed(tmp_path: Path) -> None:
+    """Earlier versions read it."""
     write_shards(tmp_path, (3, 2))
-    for size, message in (
-        (4, r"train-000000\.tar holds 3 samples where 4"),
-        (2, r"holds more samples where 2"),
-    ):
-        (tmp_path / "sizes.json").write_text(json.dumps({"train-000000.tar": size, "train-000001.tar": 2}))
-        source = open_shards(tmp_path)
-        assert source.sizes == (size, 2)
-        with pytest.raises(
-            BadArchiveError, match=message + r" were expected; was it, or the sizes\.json beside it"
-        ):
-            list(make_loader(source, SMALL, labels=None, batch_size=4))
+    (tmp_path / "sizes.json").write_text('{"train-000000.tar": 7}')
+    assert open_shards(tmp_path).sizes == (3, 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", r"sizes\.json is not JSON \(.*\); repair it, or remove it"),
-        ("[3]", r"sizes\.json should hold the number of samples of each shard"),
-        ('{"train-000000.tar": "3"}', r"sizes\.json should hold the number of samples of each shard"),
-        ('{"other.tar": 3}', r"sizes\.json does not know train-000000\.tar; add it, or remove the file"),
-    ],
-)
-def test_sizes_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
-    write_shards(tmp_path, (3,))
-    (tmp_path / "sizes.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        open_shards(tmp_path)
+def test_thousands_of_shards_are_not_open_at_once(tmp_path: Path) -> None:
+    write_shards(tmp_path, (1,) * 3 + (0,) * 1997, "{:04d}.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 128), hard))
+    try:
+        source = open_shards(tmp_path / "{0000..1999}.tar")
+        batches = list(make_loader(source, SMALL, labels=label_map(source, CLASSES), batch_size=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (len(source.shards), len(batches)) == (2000, 3)
 
 
 def test_no_samples(tmp_path: Path) -> None:
@@ -233,121 +138,11 @@ def test_no_samples(tmp_path: Path) -> None:
         open_shards(tmp_path / "b")
 
 
-# --- training ---
-
-
-@pytest.mark.parametrize("buffer", [1, 6, 1000])
-def test_an_epoch_has_each_sample_once_with_its_label(source: ShardSource, buffer: int) -> None:
-    batches = batches_of(source, batch_size=2, shuffle_buffer=buffer)
-    assert (batches.num_images, batches.steps_per_epoch) == (TOTAL, 13)
-    found = take(batches, 39)
-    epochs = [labels_of(found[start : start + 13]) for start in (0, 13, 26)]
-    assert all(sorted(epoch) == list(range(TOTAL)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    for batch in found:
-        assert (batch.images[:, 0, 0, 0] * 255).round().int().tolist() == batch.labels.tolist()
-
-
-@WORKERS
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
-@pytest.mark.parametrize("start", [0, 5, 6, 20])
-def test_a_stream_can_start_at_any_step(source: ShardSource, num_workers: int, start: int) -> None:
-    augmentation = Augmentation(random_erasing=0.5)
-    whole = take(batches_of(source, augmentation=augmentation), 26)
-    resumed = take(batches_of(source, augmentation=augmentation, num_workers=num_workers), 6, start=start)
-    for expected, found in zip(whole[start : start + 6], resumed, strict=True):
-        assert expected.step == found.step
-        assert torch.equal(expected.images, found.images)
-        assert torch.equal(expected.labels, found.labels)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_together_stream_one_large_batch(source: ShardSource, world_size: int) -> None:
-    large = take(batches_of(source, batch_size=2 * world_size), 15)
-    ranks = [
-        take(batches_of(source, batch_size=2, rank=r, world_size=world_size), 15) for r in range(world_size)
-    ]
-    for step, expected in enumerate(large):
-        assert torch.equal(torch.cat([batches[step].images for batches in ranks]), expected.images)
-        assert torch.equal(torch.cat([batches[step].labels for batches in ranks]), expected.labels)
-
-
-def test_no_sample_leaves_the_buffer_far_from_its_place() -> None:
-    sizes, buffer = (400, 300, 500), 50
-    order = stream_order(sizes, seed=1, epoch=2, buffer=buffer)
-    within_epoch = order.numbers - 2 * sum(sizes)
-    assert sorted(within_epoch) == list(range(1200))
-    shift = within_epoch - np.arange(1200)
-    assert np.abs(shift).max() < buffer
-    assert np.abs(shift).mean() > buffer / 8
-    assert sorted(order.files) == [0, 1, 2]
-
-
-def test_resuming_reads_no_more_than_it_must(source: ShardSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contents of samples before the step are never read, nor are shards that are over."""
-    opened: list[str] = []
-    read: list[bytes] = []
-    real_open = Path.open
-
-    def spy_open(path: Path, *args: str) -> io.BufferedReader:
-        opened.append(path.name)
-        return real_open(path, *args)  # type: ignore[return-value]
-
-    from cpvit.data import shards
-
-    real_read = shards.read_extent
-    monkeypatch.setattr(Path, "open", spy_open)
-    monkeypatch.setattr(shards, "read_extent", lambda *args: read.append(real_read(*args)) or read[-1])
-    share = Share(batch_size=1, first=TOTAL - 2)
-    (first, second) = islice(shuffled_stream(source, share, 3, 1), 2)
-    assert [first[0], second[0]] == [TOTAL - 2, TOTAL - 1]
-    assert len(set(opened)) == 1
-    assert len(read) == 4  # two images with a label each
-
-
-# --- evaluation ---
-
-
-@WORKERS
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (3, 0), (30, 0), (1, 2), (2, 2)])
-def test_processes_evaluate_each_sample_once(source: ShardSource, world_size: int, num_workers: int) -> None:
-    options = {"labels": label_map(source, CLASSES), "batch_size": 4, "num_workers": num_workers}
-    shares = [make_loader(source, SMALL, **options, rank=r, world_size=world_size) for r in range(world_size)]
-    found = [list(share) for share in shares]
-    assert torch.cat([batch.labels for batches in found for batch in batches]).tolist() == list(range(TOTAL))
-    assert [len(batches) for batches in found] == [len(share) for share in shares]
-    for batches in found:
-        assert all(len(batch.keys) == 4 for batch in batches[:-1])
-        for batch in batches:
-            assert (batch.images[:, 0, 0, 0] * 255).round().int().tolist() == batch.labels.tolist()
-
-
-@WORKERS
-def test_an_empty_share_of_shards_with_workers(source: ShardSource) -> None:
-    share = make_loader(source, SMALL, labels=None, batch_size=4, num_workers=2, rank=0, world_size=30)
-    assert (share.num_images, len(share), list(share)) == (0, 0, [])
-
-
-def test_evaluation_without_labels(source: ShardSource) -> None:
-    batches = list(make_loader(source, SMALL, labels=None, batch_size=10))
-    assert [batch.labels for batch in batches] == [None] * 3
-    assert batches[0].keys[0] == f"{source.shards[0]}:000000.png"
-
-
-def test_class_names_as_labels(tmp_path: Path) -> None:
-    write_tar(
-        tmp_path / "a.tar", [("1.png", png(1)), ("1.cls", b"cat\n"), ("2.png", png(2)), ("2.cls", b"007")]
-    )
-    (batch,) = make_loader(open_shards(tmp_path), SMALL, labels={"cat": 5, "7": 3}, batch_size=4)
-    assert batch.labels.tolist() == [5, 3]
-
-
 # --- what can be wrong ---
 
 
-def messages(folder: Path, num_workers: int = 0) -> list[str]:
+def messages(source: ShardSource, num_workers: int = 0) -> list[str]:
     """What training on and evaluating damaged shards says."""
-    source = open_shards(folder)
     found = []
     for run in (
         lambda: take(batches_of(source, batch_size=1, num_workers=num_workers), len(source)),
@@ -363,11 +158,9 @@ def messages(folder: Path, num_workers: int = 0) -> list[str]:
     return found
 
 
-@WORKERS
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_label_out_of_range(tmp_path: Path, num_workers: int) -> None:
+def test_a_label_out_of_range(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*sample(1), ("x.png", png(2)), ("x.cls", b"40")])
-    for message in messages(tmp_path, num_workers):
+    for message in messages(open_shards(tmp_path)):
         assert message.startswith(
             f"{tmp_path}/a.tar:x.cls has label '40'; expected one of the 40 classes 0 to 39: use a model"
         )
@@ -379,12 +172,19 @@ def test_a_label_out_of_range(tmp_path: Path, num_workers: int) -> None:
         ([("x.png", png(2))], "a.tar:x.png has no label; expected a .cls file of the same name"),
         ([("x.png", png(2)), ("x.json", b"[]")], """a.tar:x.json is not JSON with a "label", but '[]'"""),
         ([("x.png", png(2)), ("x.json", b"{")], """a.tar:x.json is not JSON with a "label", but '{'"""),
+        (
+            [("x.png", png(2)), ("x.json", b"[" * 200_000)],
+            """a.tar:x.json is not JSON with a "label", but '[[""",
+        ),
+        ([("x.png", png(2)), ("x.cls", bytes(2 << 20))], "a.tar:x.cls is no label: it has 2097152 bytes"),
     ],
 )
 def test_a_sample_without_label(tmp_path: Path, members: list[tuple[str, bytes]], expected: str) -> None:
     write_tar(tmp_path / "a.tar", [*sample(1), *members])
-    for message in messages(tmp_path):
+    for message in messages(open_shards(tmp_path)):
         assert message.startswith(f"{tmp_path}/{expected}")
+    # Who needs no labels is not bothered.
+    assert len(list(make_loader(open_shards(tmp_path), SMALL, labels=None, batch_size=1))) == 2
 
 
 @pytest.mark.parametrize(
@@ -407,7 +207,7 @@ def test_a_sample_without_one_image(tmp_path: Path, members: list[tuple[str, byt
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_image_that_cannot_be_decoded(tmp_path: Path, num_workers: int) -> None:
     write_tar(tmp_path / "a.tar", [*sample(1), ("x.png", b"no image"), ("x.cls", b"1"), *sample(2)])
-    for message in messages(tmp_path, num_workers):
+    for message in messages(open_shards(tmp_path), num_workers):
         assert message.startswith(f"cannot read image {tmp_path}/a.tar:x.png: Pillow does not recognise it")
     source = open_shards(tmp_path)
     batches = make_loader(
@@ -419,10 +219,8 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path, num_workers: int) -> No
         take(batches_of(source, batch_size=1, num_workers=num_workers), 3)
 
 
-@WORKERS
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("where", ["header", "end"])
-def test_a_damaged_shard(tmp_path: Path, where: str, num_workers: int) -> None:
+def test_a_damaged_shard(tmp_path: Path, where: str) -> None:
     write_shards(tmp_path, (3, 4), "{}.tar")
     shard = tmp_path / "1.tar"
     data = bytearray(shard.read_bytes())
@@ -433,9 +231,17 @@ def test_a_damaged_shard(tmp_path: Path, where: str, num_workers: int) -> None:
         BadArchiveError, match=r"cannot read .*1\.tar as a tar archive .*; if it is one, copy or"
     ):
         open_shards(tmp_path)
-    (tmp_path / "sizes.json").write_text('{"0.tar": 3, "1.tar": 4}')
-    for message in messages(tmp_path, num_workers):
+
+
+@WORKERS
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_was_cut_off_after_it_was_opened(tmp_path: Path, num_workers: int) -> None:
+    source = open_shards(write_shards(tmp_path, (3, 4), "{}.tar"))
+    shard = tmp_path / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    for message in messages(source, num_workers):
         assert message.startswith(f"cannot read {tmp_path}/1.tar as a tar archive")
+        assert "Traceback" not in message
 
 
 def test_a_shard_that_is_gone(tmp_path: Path) -> None:
@@ -453,6 +259,29 @@ def test_a_compressed_shard(tmp_path: Path) -> None:
         open_shards(tmp_path)
 
 
-def test_the_buffer_holds_something(source: ShardSource) -> None:
-    with pytest.raises(ValueError, match=r"shuffle_buffer is 0; expected at least 1 sample"):
-        batches_of(source, shuffle_buffer=0)
+def test_hostile_members(tmp_path: Path) -> None:
+    """Links and devices are passed over, names reach no file, and a NUL in a name is refused."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (
+            ("x.png", tarfile.REGTYPE),
+            ("x.cls", tarfile.SYMTYPE),
+            ("../../etc/y.png", tarfile.REGTYPE),
+            ("z.png", tarfile.LNKTYPE),
+            ("w.png", tarfile.CHRTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            data = png(1) if kind == tarfile.REGTYPE else b""
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = open_shards(tmp_path)
+    assert [sample.key for sample in source.samples] == [f"{path}:x.png", f"{path}:../../etc/y.png"]
+    assert source.class_names == [None, None]
+    assert source.reader.read(f"{path}:../../etc/y.png").getpixel((0, 0)) == (1, 0, 0)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("x.png")
+        member.pax_headers = {"path": "a\0b.png"}
+        archive.addfile(member, io.BytesIO())
+    with pytest.raises(BadArchiveError, match=r"'a\\x00b\.png' has a NUL in its name"):
+        open_shards(tmp_path)

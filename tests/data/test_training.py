@@ -24,12 +24,12 @@ from cpvit.data import (
     Preprocessing,
     TrainBatch,
     TrainBatches,
+    TrainLoaderOptions,
     find_samples,
     label_map,
     make_loader,
     make_train_batches,
 )
-from cpvit.data.order import Share
 
 SMALL = Preprocessing(image_size=(24, 20), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 PLAIN = Augmentation(random_resized_crop=False, flip=0.0)
@@ -67,17 +67,8 @@ def batches_of(
     seed: int = 7,
     **options: float,
 ) -> TrainBatches:
-    return make_train_batches(
-        source,
-        SMALL,
-        labels=label_map(source, CLASSES),
-        num_classes=CLASSES,
-        batch_size=batch_size,
-        seed=seed,
-        augmentation=augmentation,
-        mixing=mixing,
-        **options,  # type: ignore[arg-type]
-    )
+    chosen = TrainLoaderOptions(batch_size, seed, augmentation, mixing, **options)  # type: ignore[arg-type]
+    return make_train_batches(source, SMALL, chosen, labels=label_map(source, CLASSES), num_classes=CLASSES)
 
 
 def take(batches: TrainBatches, count: int, start: int = 0) -> list[TrainBatch]:
@@ -182,14 +173,6 @@ def test_labels_belong_to_the_images(source: ImageSource) -> None:
     assert labels == [index // EACH for index in identities(source, batches.starting_at(0), 5)]
 
 
-@pytest.mark.parametrize(("rank", "first", "stride"), [(0, 0, 1), (1, 4, 1), (2, 3, 2)])
-def test_a_share_knows_its_own_numbers(rank: int, first: int, stride: int) -> None:
-    share = Share(batch_size=5, rank=rank, world_size=3, first=first, stride=stride)
-    own = [number for step in islice(share.steps(), 20) for number in share.numbers(step)]
-    taken = np.flatnonzero(share.takes(np.arange(own[-1] + 1)))
-    assert taken.tolist() == own
-
-
 # --- what happens to an image ---
 
 
@@ -229,9 +212,8 @@ def test_images_are_normalised(tmp_path: Path) -> None:
     (tmp_path / "grey").mkdir()
     Image.new("RGB", (30, 30), (51, 102, 204)).save(tmp_path / "grey" / "1.png")
     batches = make_train_batches(
-        find_samples(tmp_path), SMALL, labels={"grey": 0}, num_classes=1, batch_size=1, seed=0,
-        augmentation=Augmentation(), mixing=Mixing(),
-    )  # fmt: skip
+        find_samples(tmp_path), SMALL, TrainLoaderOptions(batch_size=1), labels={"grey": 0}, num_classes=1
+    )
     (batch,) = take(batches, 1)
     expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(SMALL.mean)) / torch.tensor(SMALL.std)
     torch.testing.assert_close(batch.images[0], expected[:, None, None].expand(3, 24, 20))
@@ -310,9 +292,12 @@ def test_a_bad_image_is_named(tmp_path: Path, num_workers: int) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_text("not an image")
     batches = make_train_batches(
-        find_samples(tmp_path), SMALL, labels={"cat": 0}, num_classes=1, batch_size=1, seed=0,
-        num_workers=num_workers, augmentation=PLAIN, mixing=Mixing(),
-    )  # fmt: skip
+        find_samples(tmp_path),
+        SMALL,
+        TrainLoaderOptions(batch_size=1, augmentation=PLAIN, num_workers=num_workers),
+        labels={"cat": 0},
+        num_classes=1,
+    )
     with pytest.raises(BadImageError) as caught:
         take(batches, 1)
     assert str(caught.value).startswith(f"cannot read image {tmp_path}/cat/1.png: ")
@@ -339,9 +324,8 @@ def test_options_out_of_range(source: ImageSource) -> None:
         ValueError, match=r"class cat has label 2, but the head has 2 classes: expected labels from 0"
     ):
         make_train_batches(
-            source, SMALL, labels=label_map(source, 3), num_classes=2, batch_size=2, seed=0,
-            augmentation=PLAIN, mixing=Mixing(),
-        )  # fmt: skip
+            source, SMALL, TrainLoaderOptions(batch_size=2), labels=label_map(source, 3), num_classes=2
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cpvit import Plan, PruneConfig
 from cpvit.data import Batches, ImageSource, Preprocessing, make_loader
 from cpvit.data.cifar import ArrayReader
 from cpvit.data.records import make_source
-from cpvit.data.training import Augmentation, Mixing, TrainBatches, make_train_batches
+from cpvit.data.training import Augmentation, Mixing, TrainBatches, TrainLoaderOptions, make_train_batches
 from cpvit.finetune import (
     FinetuneConfig,
     FinetuneResult,
@@ -57,18 +57,15 @@ def train_batches(
     augmented: bool = True,
     seed: int = 0,
 ) -> TrainBatches:
-    return make_train_batches(
-        pictures(),
-        PREPARED,
-        labels=LABELS,
-        num_classes=len(CLASSES),
+    options = TrainLoaderOptions(
         batch_size=batch_size,
         seed=seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
         augmentation=Augmentation(random_resized_crop=augmented),
         mixing=mixing or Mixing(),
+        rank=processes.rank,
+        world_size=processes.world_size,
     )
+    return make_train_batches(pictures(), PREPARED, options, labels=LABELS, num_classes=len(CLASSES))
 
 
 def eval_batches(*, processes: Processes, batch_size: int = 5) -> Batches:

@@ -197,21 +197,14 @@ def train_square(folder: Path, model: nn.Module, pruning: PruneConfig, listener:
     from finetuning import LABELS, pictures
 
     from cpvit.data import make_loader
-    from cpvit.data.training import Augmentation, make_train_batches
+    from cpvit.data.training import TrainLoaderOptions, make_train_batches
     from cpvit.finetune import finetune
 
     square = dataclasses.replace(PREPARED, image_size=(40, 40))
     return finetune(
         model,
         make_train_batches(
-            pictures(),
-            square,
-            labels=LABELS,
-            num_classes=3,
-            batch_size=6,
-            seed=0,
-            augmentation=Augmentation(),
-            mixing=Mixing(),
+            pictures(), square, TrainLoaderOptions(batch_size=6), labels=LABELS, num_classes=3
         ),
         make_loader(pictures(2, split="test"), square, labels=LABELS, batch_size=6),
         dataclasses.replace(SHORT, distillation=DistillationConfig(distill=0.5, distill_features=0.1)),

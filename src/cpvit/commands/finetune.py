@@ -29,7 +29,14 @@ from cpvit.commands.finetune_options import (
 )
 from cpvit.commands.options import CalibrationOptions, PreprocessingOptions
 from cpvit.commands.tables import finetune_text
-from cpvit.data import Batches, Preprocessing, TrainBatches, make_loader, make_train_batches
+from cpvit.data import (
+    Batches,
+    Preprocessing,
+    TrainBatches,
+    TrainLoaderOptions,
+    make_loader,
+    make_train_batches,
+)
 from cpvit.finetune import (
     Callback,
     CallbackList,
@@ -198,19 +205,18 @@ def _train_batches(
     workers: int,
     processes: Processes,
 ) -> TrainBatches:
-    return make_train_batches(
-        images.train,
-        prepared,
-        labels=images.train_labels,
-        num_classes=images.num_classes,
+    options = TrainLoaderOptions(
         batch_size=training.micro_batch_size,
         seed=training.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        num_workers=workers,
         augmentation=augmentation.of_image(),
         mixing=augmentation.of_batch(),
         label_smoothing=augmentation.label_smoothing,
+        num_workers=workers,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    return make_train_batches(
+        images.train, prepared, options, labels=images.train_labels, num_classes=images.num_classes
     )
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TypeAlias
+from typing import Any
 
 from cpvit.commands.finetune_options import StartOptions, TrainDataOptions
-from cpvit.data import ImageSource, ShardSource, label_map, open_data
+from cpvit.data import ImageSource, ShardSource, find_samples, label_map
 from cpvit.weights.reading import head_classes
-
-Source: TypeAlias = ImageSource | ShardSource
 
 
 @dataclass(frozen=True)
 class Images:
     """Both splits, opened."""
 
-    train: Source
-    test: Source
+    train: ImageSource
+    test: ImageSource
     num_classes: int
 
     @property
@@ -39,11 +37,11 @@ def open_images(start: StartOptions, data: TrainDataOptions, seed: int) -> Image
     Raises:
         ValueError: There is nothing to evaluate on, or the classes do not fit the head.
     """
-    train = open_data(data.data, split="train", data_dir=data.data_dir, download=data.download)
+    train = find_samples(data.data, split="train", data_dir=data.data_dir, download=data.download)
     if data.eval_data is not None:
-        test = open_data(data.eval_data)
+        test = find_samples(data.eval_data)
     elif train.split_name is not None:
-        test = open_data(data.data, split="test", data_dir=data.data_dir, download=data.download)
+        test = find_samples(data.data, split="test", data_dir=data.data_dir, download=data.download)
     else:
         raise ValueError(
             f"{data.data} has no train/ and test/ (or val/) folders, so there is nothing apart to evaluate on; "
@@ -54,7 +52,7 @@ def open_images(start: StartOptions, data: TrainDataOptions, seed: int) -> Image
     return Images(train.limited(data.train_limit, seed), test.limited(data.eval_limit, seed), num_classes)
 
 
-def _num_classes(start: StartOptions, train: Source) -> int:
+def _num_classes(start: StartOptions, train: ImageSource) -> int:
     """As asked for, or the head of the checkpoint where the images' classes fit it, or one per class folder."""
     if start.num_classes is not None:
         return start.num_classes
@@ -68,7 +66,7 @@ def _num_classes(start: StartOptions, train: Source) -> int:
     return len(train.classes)
 
 
-def _known(train: Source, num_classes: int) -> bool:
+def _known(train: ImageSource, num_classes: int) -> bool:
     """Whether a head of so many classes has a place for every class of the images (a subset of ImageNet's)."""
     try:
         label_map(train, num_classes)
@@ -77,11 +75,12 @@ def _known(train: Source, num_classes: int) -> bool:
     return True
 
 
-def identity(source: Source) -> str:
+def identity(source: ImageSource) -> str:
     """How many images, and which: their names below the source, and their classes."""
-    names = (
-        [(shard.name, size) for shard, size in zip(source.shards, source.sizes, strict=True)]
-        if isinstance(source, ShardSource)
-        else [(sample.key, sample.class_name) for sample in source.samples]
-    )
+    if not isinstance(source, ShardSource):
+        names: list[Any] = [(sample.key, sample.class_name) for sample in source.samples]
+    else:
+        names = [(shard.name, size) for shard, size in zip(source.shards, source.sizes, strict=True)]
+        if source.is_part:
+            names += source.samples.places.tolist()
     return f"{len(source)} (sha256 of the names {sha256(repr(names).encode()).hexdigest()[:16]})"

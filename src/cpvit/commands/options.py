@@ -32,7 +32,7 @@ class DataOptions:
     """Which images."""
 
     data: str
-    """cifar10, cifar100, a folder of class folders, or a .tar or .tar.gz of one."""
+    """cifar10, cifar100, a folder of class folders, a .tar or .tar.gz of one, or shards."""
     data_dir: Path | None = None
     """Where cifar10 or cifar100 lies (or is put by --download)."""
     download: bool = False
@@ -60,7 +60,7 @@ class EndToEndOptions:
     end_to_end: bool = False
     """Time decoding and preprocessing along with the forward, on the images of --data."""
     data: str | None = None
-    """For --end-to-end: a folder of images or of class folders, or a .tar or .tar.gz of one."""
+    """For --end-to-end: a folder of images or of class folders, a .tar or .tar.gz of one, or shards."""
     split: str | None = None
     """train, val or test, where the data has several; by default the held-out one."""
     limit: int | None = None
@@ -99,6 +99,6 @@ class CalibrationOptions:
     """Unlabelled images that the schedule and the choice of heads are made from."""
 
     calibration: str | None = None
-    """A folder or a .tar of images; with it the schedule is layer-aware."""
+    """A folder or a .tar of images, or shards; with it the schedule is layer-aware."""
     calibration_limit: int = 64
     """How many of them to use (seeded sample)."""

@@ -14,9 +14,9 @@ from cpvit.commands.tables import eval_text, finetune_text
 from cpvit.data import (
     Augmentation,
     Batches,
-    Mixing,
     Preprocessing,
     TrainBatches,
+    TrainLoaderOptions,
     find_samples,
     label_map,
     make_loader,
@@ -201,18 +201,14 @@ def _train_and_test(arguments: SeedArguments, processes: Processes) -> tuple[Tra
         for split in ("train", "test")
     )
     labels = label_map(train, classes)
-    batches = make_train_batches(
-        train,
-        prepared,
-        labels=labels,
-        num_classes=classes,
+    options = TrainLoaderOptions(
         batch_size=arguments.train_batch_size // arguments.gradient_accumulation_steps,
         seed=arguments.seed,
         augmentation=Augmentation(scale=SEED_CROP, flip=0.0),
-        mixing=Mixing(),
         rank=processes.rank,
         world_size=processes.world_size,
     )
+    batches = make_train_batches(train, prepared, options, labels=labels, num_classes=classes)
     return batches, make_loader(
         test,
         prepared,

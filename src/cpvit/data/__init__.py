@@ -1,8 +1,7 @@
 """From what a user names to batches of images: sources, labels, preprocessing, loading.
 
-`find_samples` lists images, and `open_data` does so or finds shards to stream; `label_map` finds their labels
-for a model's head, `Preprocessing` says how images become tensors, and `make_loader` puts these together for
-evaluation, `make_train_batches` for training.
+`find_samples` lists images, `label_map` finds their labels for a model's head, `Preprocessing` says how images
+become tensors, and `make_loader` puts these together for evaluation, `make_train_batches` for training.
 """
 
 from cpvit.data.archives import BadArchiveError
@@ -12,9 +11,10 @@ from cpvit.data.labels import label_map
 from cpvit.data.loader import Batch, Batches, make_loader
 from cpvit.data.preprocess import Preprocessing
 from cpvit.data.records import ImageSource, Sample, split_samples
-from cpvit.data.shards import ShardSource, open_shards
+from cpvit.data.shard_index import ShardSource
+from cpvit.data.shards import open_shards
 from cpvit.data.sources import find_samples, open_data
-from cpvit.data.training import TrainBatch, TrainBatches, make_train_batches
+from cpvit.data.training import TrainBatch, TrainBatches, TrainLoaderOptions, make_train_batches
 
 __all__ = [
     "Augmentation",
@@ -29,6 +29,7 @@ __all__ = [
     "ShardSource",
     "TrainBatch",
     "TrainBatches",
+    "TrainLoaderOptions",
     "find_samples",
     "label_map",
     "make_loader",

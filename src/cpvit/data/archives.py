@@ -12,7 +12,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class TarReader:
             data = read_extent(stream, self.extents[key])
         return decode(data, f"{self.path}:{key}")
 
-    def select(self, keys: Sequence[str]) -> Reader:
+    def select(self, keys: Iterable[str]) -> Reader:
         """A reader with the index of `keys` only."""
         return TarReader(self.path, {key: self.extents[key] for key in keys})
 
@@ -79,7 +79,7 @@ class CompressedTarReader:
         """The RGB image of the member `key`; decompresses everything before it, so prefer `select`."""
         return self.select([key]).read(key)
 
-    def select(self, keys: Sequence[str]) -> Reader:
+    def select(self, keys: Iterable[str]) -> Reader:
         """The encoded bytes of `keys`, fetched into memory in one pass that ends at the last of them."""
         by_offset = sorted(keys, key=lambda key: self.extents[key])
         with errors_named(self.path), _open_stream(self.path) as stream:
@@ -98,7 +98,7 @@ class MemoryReader:
         """The RGB image of the member `key`."""
         return decode(self.encoded[key], f"{self.path}:{key}")
 
-    def select(self, keys: Sequence[str]) -> Reader:
+    def select(self, keys: Iterable[str]) -> Reader:
         """A reader with the bytes of `keys` only."""
         return MemoryReader(self.path, {key: self.encoded[key] for key in keys})
 
@@ -145,6 +145,8 @@ def stored_files(stream: io.BufferedIOBase) -> Iterator[tuple[str, Extent]]:
                 continue
             if member.issparse():
                 raise tarfile.ReadError(f"{member.name} is stored as a sparse file, which is not supported")
+            if "\0" in member.name:
+                raise tarfile.ReadError(f"{member.name!r} has a NUL in its name, which no file can have")
             yield member.name, (member.offset_data, member.size)
         check_end(stream, archive.offset)
 

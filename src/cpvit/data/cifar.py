@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class ArrayReader:
         """The RGB image stored under `key`."""
         return Image.fromarray(self.arrays[key])
 
-    def select(self, keys: Sequence[str]) -> ArrayReader:
+    def select(self, keys: Iterable[str]) -> ArrayReader:
         """A reader with the arrays of `keys` only."""
         return ArrayReader({key: self.arrays[key] for key in keys})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class FolderReader:
             raise bad_image(str(path), error.strerror or str(error)) from error
         return decode(data, str(path))
 
-    def select(self, keys: Sequence[str]) -> FolderReader:
+    def select(self, keys: Iterable[str]) -> FolderReader:
         """Itself: files are found by name."""
         return self
 

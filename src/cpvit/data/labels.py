@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from cpvit.data.layout import is_wordnet_id
+from cpvit.data.order import Numbers
 from cpvit.data.records import ImageSource
-from cpvit.data.shards import ShardSource
+from cpvit.data.shard_index import ShardSource
 
 
-def label_map(source: ImageSource | ShardSource, num_classes: int) -> dict[str, int]:
+def label_map(source: ImageSource, num_classes: int) -> dict[str, int]:
     """Class folder -> index of the head's output; for shards, the index as they hold it -> itself.
 
     Folders named by WordNet ids get the index of that id in the ImageNet variant which timm knows for a head
@@ -72,3 +77,18 @@ def _sorted_labels(source: ImageSource, num_classes: int) -> dict[str, int]:
             f"({', '.join(classes[:3])}, ...) is not their order by value; give them leading zeros (0002)"
         )
     return {name: label for label, name in enumerate(classes)}
+
+
+def sample_labels(source: ImageSource, labels: Mapping[str, int]) -> Numbers:
+    """The label of each image of `source`, `[images]`; raises ValueError if one has none."""
+    names = source.class_names
+    missing = [position for position, name in enumerate(names) if name not in labels]
+    if not missing:
+        return np.array([labels[name or ""] for name in names], np.int64)
+    example = source.samples[missing[0]]
+    if isinstance(source, ShardSource):
+        raise ValueError(source.label_problem(example, labels))
+    raise ValueError(
+        f"{source.name} has {len(missing)} images without a label, for example {example.key}; put them "
+        "into a class folder that `labels` knows, or use labels=None"
+    )

@@ -1,4 +1,4 @@
-"""Batches of images for evaluation, calibration and training, and an account of unreadable files."""
+"""Batches of images for evaluation and calibration, and an account of unreadable files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from cpvit.data.images import BadImageError
-from cpvit.data.order import check_rank
+from cpvit.data.labels import sample_labels
+from cpvit.data.order import Numbers, check_rank
 from cpvit.data.preprocess import Preprocessing, Transform
-from cpvit.data.records import ImageSource, Reader
-from cpvit.data.shards import ShardSample, ShardSource, in_order
+from cpvit.data.records import ImageSource, Reader, Sample
 
 
 @dataclass(frozen=True)
@@ -47,64 +45,26 @@ class _Decoded(Dataset[_Item]):
     """Decodes and transforms the sample at an index."""
 
     def __init__(
-        self, keys: Sequence[str], labels: Sequence[int] | None, reader: Reader, transform: Transform
+        self, samples: Sequence[Sample], labels: Numbers | None, reader: Reader, transform: Transform
     ) -> None:
-        self._keys = keys
+        self._samples = samples
         self._labels = labels
         self._reader = reader
         self._transform = transform
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> _Item:
-        key = self._keys[index]
-        label = None if self._labels is None else self._labels[index]
+        key = self._samples[index].key
+        label = None if self._labels is None else int(self._labels[index])
         try:
             image = self._reader.read(key)
         except BadImageError as error:
             return _Item(key, label, None, str(error))
-        return _Item(key, label, self._transform(image))
-
-
-class _Streamed(IterableDataset[_Item]):
-    """Decodes and transforms a share of the samples in shards; loader workers take its batches in turn."""
-
-    def __init__(
-        self,
-        source: ShardSource,
-        labels: Mapping[str, int] | None,
-        transform: Transform,
-        share: slice,
-        batch_size: int,
-    ) -> None:
-        self._source = source
-        self._labels = labels
-        self._transform = transform
-        self._share = share
-        self._batch_size = batch_size
-
-    def __iter__(self) -> Iterator[_Item]:
-        wanted = np.zeros(len(self._source), np.bool_)
-        wanted[self._share] = self._own_batches(self._share.stop - self._share.start)
-        try:
-            for sample in in_order(self._source, wanted):
-                yield self._item(sample)
         except (ValueError, OSError) as error:
-            yield _Item("", None, None, fatal=error)
-
-    def _own_batches(self, size: int) -> npt.NDArray[np.bool_]:
-        worker = get_worker_info()
-        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        own: npt.NDArray[np.bool_] = np.arange(size) // self._batch_size % num_workers == number
-        return own
-
-    def _item(self, sample: ShardSample) -> _Item:
-        label = None if self._labels is None else sample.label_in(self._labels)
-        try:
-            return _Item(sample.name, label, self._transform(sample.decoded()))
-        except BadImageError as error:
-            return _Item(sample.name, label, None, str(error))
+            return _Item(key, label, None, fatal=error)
+        return _Item(key, label, self._transform(image))
 
 
 @dataclass(frozen=True)
@@ -176,7 +136,7 @@ class Batches:
 
 
 def make_loader(
-    source: ImageSource | ShardSource,
+    source: ImageSource,
     preprocessing: Preprocessing,
     *,
     labels: Mapping[str, int] | None,
@@ -192,7 +152,7 @@ def make_loader(
     Shares differ by at most one image and may be empty; nothing is repeated to make them equal.
 
     Args:
-        source: From `find_samples`, perhaps limited, or `open_data`.
+        source: From `find_samples`, perhaps limited.
         preprocessing: Usually `Preprocessing.from_model(model)`.
         labels: From `label_map`; None for use without labels, where classes do not matter.
         batch_size: Images per batch; the last one may be smaller.
@@ -218,12 +178,15 @@ def make_loader(
     check_rank(rank, world_size)
     if not len(source):
         raise ValueError(f"{source.name} holds no images")
+    # Looked up before they are shared out, so that all processes meet the same error.
+    all_labels = None if labels is None else sample_labels(source, labels)
     share = _share(len(source), rank, world_size)
-    transform = preprocessing.transform()
-    dataset: Dataset[_Item] = (
-        _listed(source, labels, transform, share)
-        if isinstance(source, ImageSource)
-        else _Streamed(source, labels, transform, share, batch_size)
+    samples = source.samples[share]
+    dataset = _Decoded(
+        samples,
+        None if all_labels is None else all_labels[share],
+        source.reader.select(sample.key for sample in samples),
+        preprocessing.transform(),
     )
     loader = DataLoader(
         dataset,
@@ -243,26 +206,5 @@ def make_loader(
     )
 
 
-def _listed(
-    source: ImageSource, labels: Mapping[str, int] | None, transform: Transform, share: slice
-) -> _Decoded:
-    # Looked up before they are shared out, so that all processes meet the same error.
-    all_labels = None if labels is None else sample_labels(source, labels)
-    keys = [sample.key for sample in source.samples[share]]
-    own_labels = None if all_labels is None else all_labels[share]
-    return _Decoded(keys, own_labels, source.reader.select(keys), transform)
-
-
 def _share(size: int, rank: int, world_size: int) -> slice:
     return slice(size * rank // world_size, size * (rank + 1) // world_size)
-
-
-def sample_labels(source: ImageSource, labels: Mapping[str, int]) -> list[int]:
-    """The label of each image of `source`; raises ValueError if one has none."""
-    missing = [sample.key for sample in source.samples if sample.class_name not in labels]
-    if missing:
-        raise ValueError(
-            f"{source.name} has {len(missing)} images without a label, for example {missing[0]}; put them "
-            "into a class folder that `labels` knows, or use labels=None"
-        )
-    return [labels[sample.class_name or ""] for sample in source.samples]

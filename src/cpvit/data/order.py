@@ -8,9 +8,8 @@ stored sampler state, and R processes with batches of B meet the samples that on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,47 +37,27 @@ def mixing_seed(seed: int, step: int, rank: int) -> np.random.SeedSequence:
 
 @dataclass(frozen=True)
 class Share:
-    """The sample numbers of one loader worker: its rank's part of every `stride`-th step from `first` on.
+    """The sample numbers of one process.
 
     Attributes:
         batch_size: Samples per step and rank.
         rank: This process among `world_size`.
         world_size: Processes.
-        first: Step to begin with.
-        stride: Distance of its steps.
     """
 
     batch_size: int
     rank: int = 0
     world_size: int = 1
-    first: int = 0
-    stride: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
         check_rank(self.rank, self.world_size)
-        if self.first < 0:
-            raise ValueError(f"step is {self.first}; expected at least 0")
-
-    def of_worker(self, worker: int, num_workers: int) -> Share:
-        """The part of one of `num_workers` loader workers, which take the steps in turn."""
-        return replace(self, first=self.first + worker, stride=num_workers)
-
-    def steps(self) -> Iterator[int]:
-        """The steps, without end."""
-        return count(self.first, self.stride)
 
     def numbers(self, step: int) -> range:
         """The sample numbers of one step."""
         start = (step * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
-
-    def takes(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
-        """Which of these sample numbers are in it."""
-        part = numbers // self.batch_size
-        step = part // self.world_size - self.first
-        return (part % self.world_size == self.rank) & (step >= 0) & (step % self.stride == 0)
 
 
 def check_rank(rank: int, world_size: int) -> None:
@@ -92,30 +71,54 @@ def shuffled(size: int, seed: int, epoch: int) -> Numbers:
     return np.random.default_rng(order_seed(seed, epoch)).permutation(size)
 
 
-@dataclass(frozen=True)
-class StreamOrder:
-    """One epoch over files that can only be read from front to back.
+def shuffled_blocks(sizes: Sequence[int], seed: int, epoch: int, buffer: int) -> Numbers:
+    """A permutation of the samples of files of `sizes` that keeps those of a file near each other.
 
-    The files come in shuffled order. Their samples, which so have a place in one long stream, leave a shuffle
-    buffer: the sample at place i is drawn a key, uniform from i to i + `buffer`, and the samples leave in the
-    order of their keys. None leaves `buffer` places before or after its own, and the whole order is known
-    without reading anything.
+    The files come in shuffled order. Each sample then moves by less than `buffer` places: the one at place i
+    is drawn a key, uniform from i to i + `buffer`, and the samples are sorted by their keys. That is what a
+    shuffle buffer does to a stream, but known without reading anything.
 
-    Attributes:
-        files: Indices of the files in the order of reading `[files]`.
-        numbers: The sample number, counted over all epochs, of each place of the stream `[samples]`.
+    Returns:
+        Indices into the files laid end to end, `[sum(sizes)]`.
     """
-
-    files: Numbers
-    numbers: Numbers
-
-
-def stream_order(sizes: Sequence[int], seed: int, epoch: int, buffer: int) -> StreamOrder:
-    """The order of an epoch over files that hold `sizes` samples."""
     generator = np.random.default_rng(order_seed(seed, epoch))
     total = sum(sizes)
-    files = generator.permutation(len(sizes))
+    starts = np.cumsum([0, *sizes])
+    stream = [np.arange(starts[file], starts[file + 1]) for file in generator.permutation(len(sizes))]
     keys = np.arange(total) + generator.uniform(0, buffer, total)
-    numbers = np.empty(total, np.int64)
-    numbers[np.argsort(keys, kind="stable")] = np.arange(epoch * total, (epoch + 1) * total)
-    return StreamOrder(files, numbers)
+    places: Numbers = np.concatenate(stream)[np.argsort(keys, kind="stable")]
+    return places
+
+
+class SampleOrder:
+    """Which image each sample number is; holds the permutation of one epoch at a time.
+
+    Args:
+        size: Images.
+        seed: Of the permutations.
+        blocks: Sizes of the files that hold the images, where those of a file should stay near each other.
+        buffer: How far they may move then.
+    """
+
+    def __init__(self, size: int, seed: int, blocks: Sequence[int] | None = None, buffer: int = 1) -> None:
+        self._size = size
+        self._seed = seed
+        self._blocks = blocks
+        self._buffer = buffer
+        self._epoch = -1
+        self._permutation = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def index(self, number: int) -> int:
+        """The index of the image."""
+        epoch, place = divmod(number, self._size)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self._permuted(epoch)
+        return int(self._permutation[place])
+
+    def _permuted(self, epoch: int) -> Numbers:
+        if self._blocks is None:
+            return shuffled(self._size, self._seed, epoch)
+        return shuffled_blocks(self._blocks, self._seed, epoch, self._buffer)

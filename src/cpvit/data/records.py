@@ -18,7 +18,7 @@ class Reader(Protocol):
         """The RGB image stored under `key`; raises BadImageError if it cannot be decoded."""
         ...
 
-    def select(self, keys: Sequence[str]) -> Reader:
+    def select(self, keys: Iterable[str]) -> Reader:
         """A reader that needs to serve only `keys`: small to send to a worker, and ready to read."""
         ...
 
@@ -41,12 +41,17 @@ class ImageSource:
 
     name: str
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     reader: Reader = field(repr=False, compare=False)
     split_name: str | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def class_names(self) -> list[str | None]:
+        """The class of each image."""
+        return [sample.class_name for sample in self.samples]
 
     def limited(self, limit: int | None, seed: int = 0) -> ImageSource:
         """A random sample of `limit` images spread over the classes; everything if None or too few images.
@@ -60,8 +65,7 @@ class ImageSource:
             raise ValueError(f"limit is {limit}; expected at least 1 image, or None for all {len(self)}")
         if limit >= len(self):
             return self
-        chosen, _ = split_samples(self.samples, limit, seed)
-        return replace(self, samples=chosen)
+        return self._part(_round_robin(self.samples, seed)[:limit])
 
     def split(self, count: int, seed: int = 0) -> tuple[ImageSource, ImageSource]:
         """Two disjoint parts, for instance calibration and evaluation: `count` images as in `limited`, the
@@ -75,15 +79,20 @@ class ImageSource:
                 f"cannot take {count} of the {len(self)} images of {self.name} and leave a rest; "
                 f"give a count between 1 and {len(self) - 1}"
             )
-        chosen, rest = split_samples(self.samples, count, seed)
-        return replace(self, samples=chosen), replace(self, samples=rest)
+        order = _round_robin(self.samples, seed)
+        return self._part(order[:count]), self._part(order[count:])
+
+    def _part(self, positions: Sequence[int]) -> ImageSource:
+        """The samples at these positions of `samples`, sorted by key."""
+        return replace(self, samples=_by_key(self.samples[position] for position in positions))
 
 
 def split_samples(
     samples: Iterable[Sample], count: int, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """`count` samples taken in turn from each class, and the others; both sorted by key."""
-    order = _round_robin(samples, seed)
+    given = tuple(samples)
+    order = [given[position] for position in _round_robin(given, seed)]
     return _by_key(order[:count]), _by_key(order[count:])
 
 
@@ -91,19 +100,21 @@ def _by_key(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     return tuple(sorted(samples, key=lambda sample: sample.key))
 
 
-def _round_robin(samples: Iterable[Sample], seed: int) -> list[Sample]:
-    """All samples, one of each class per round; classes and samples within a class in seeded order."""
-    by_class: dict[str, list[Sample]] = defaultdict(list)
-    for sample in _by_key(samples):
-        by_class[sample.class_name or ""].append(sample)
+def _round_robin(samples: Sequence[Sample], seed: int) -> list[int]:
+    """Positions of all samples, one of each class per round; classes and samples within a class in seeded order."""
+    keys = [sample.key for sample in samples]
+    names = [sample.class_name or "" for sample in samples]
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for position in sorted(range(len(keys)), key=keys.__getitem__):
+        by_class[names[position]].append(position)
     classes = sorted(by_class)
     random.Random(seed).shuffle(classes)
     ranked = []
     for turn, name in enumerate(classes):
         # A generator per class: adding images to one class leaves the order within the others as it was.
         random.Random(f"{seed}/{name}").shuffle(by_class[name])
-        ranked += [(round_, turn, sample) for round_, sample in enumerate(by_class[name])]
-    return [sample for *_, sample in sorted(ranked, key=lambda entry: entry[:2])]
+        ranked += [(round_, turn, position) for round_, position in enumerate(by_class[name])]
+    return [position for *_, position in sorted(ranked)]
 
 
 def make_source(

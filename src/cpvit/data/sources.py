@@ -1,4 +1,4 @@
-"""From what a user names (a dataset, a folder, an archive) to a list of samples."""
+"""From what a user names (a dataset, a folder, an archive, shards) to a list of samples."""
 
 from __future__ import annotations
 
@@ -10,28 +10,7 @@ from cpvit.data.cifar import find_cifar, is_cifar, torchvision_cifar
 from cpvit.data.folders import find_in_folder
 from cpvit.data.layout import check_split
 from cpvit.data.records import ImageSource
-from cpvit.data.shards import ShardSource, is_shards, open_shards
-
-
-def open_data(
-    source: str | os.PathLike[str],
-    *,
-    split: str | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    download: bool = False,
-) -> ImageSource | ShardSource:
-    """What `open_shards` opens if `source` names shards, else the images of `find_samples`.
-
-    Shards are: a pattern with braces, such as `data/train-{000000..000012}.tar`; a folder that holds nothing
-    but .tar files; train/ and val/ folders of .tar files. Arguments and errors are those of `find_samples`.
-
-    Example:
-        >>> open_data("imagenet-shards", split="train")  # doctest: +SKIP
-    """
-    named = isinstance(source, str) and is_cifar(source)
-    if named or data_dir is not None or download or not is_shards(source):
-        return find_samples(source, split=split, data_dir=data_dir, download=download)
-    return open_shards(source, split=split)
+from cpvit.data.shards import is_shards, open_shards
 
 
 def find_samples(
@@ -51,8 +30,11 @@ def find_samples(
             (for use without labels). The first folder is the class and may hold further folders.
         A tar archive (plain, gzip, bzip2 or xz), read without unpacking, of the same. The folder that holds
             an image is its class, whatever lies above.
-    In both, folders that only wrap the data are passed over, and if every image lies under a WordNet id that
-    is its class. Hidden files, text files (`.txt`, `.json`, ...) and what macOS and Windows leave behind are
+        Shards in WebDataset's format, see `open_shards`: a pattern with braces, such as
+            `data/train-{000000..000012}.tar`; a folder that holds nothing but .tar files; train/ and val/ folders
+            of .tar files. Their classes are the labels in them.
+    In folders and archives, folders that only wrap the data are passed over, and if every image lies under a
+    WordNet id that is its class. Hidden files, text files (`.txt`, ...) and what macOS and Windows leave behind are
     ignored. Any other file counts as an image, so that a broken one is noticed.
 
     Args:
@@ -66,7 +48,7 @@ def find_samples(
 
     Raises:
         FileNotFoundError: Nothing there.
-        BadArchiveError: The archive is truncated, damaged or no archive (a ValueError).
+        BadArchiveError: The archive or a shard is truncated, damaged or no archive (a ValueError).
         ValueError: No images, or not the split that was asked for.
 
     Example:
@@ -76,15 +58,13 @@ def find_samples(
     if isinstance(source, str) and is_cifar(source):
         return find_cifar(source, split, None if data_dir is None else Path(data_dir), download=download)
     path = Path(source)
-    if is_shards(path):
-        raise ValueError(
-            f"{path} names shards, which are read as a stream and not image by image; open it with open_data"
-        )
     if data_dir is not None or download:
         raise ValueError(
             "data_dir and download (--data-dir, --download) are for cifar10 and cifar100, "
             f"but the source is {path}"
         )
+    if is_shards(path):
+        return open_shards(path, split=split)
     if path.is_file():
         return find_in_archive(path, split)
     if not path.exists():
@@ -93,6 +73,10 @@ def find_samples(
         )
     _refuse_torchvision_cifar(path)
     return find_in_folder(path, split)
+
+
+open_data = find_samples
+"""The name that opened shards when `find_samples` did not."""
 
 
 def _refuse_torchvision_cifar(folder: Path) -> None:

@@ -5,16 +5,15 @@ See `cpvit.data.order` for which samples a step takes and `cpvit.data.augment` f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cpvit.data.augment import (
     Augmentation,
@@ -24,13 +23,66 @@ from cpvit.data.augment import (
     seed_generators,
 )
 from cpvit.data.images import SKIP_HINT, BadImageError
-from cpvit.data.loader import sample_labels
-from cpvit.data.order import Numbers, Share, augmentation_seed, mixing_seed, shuffled
+from cpvit.data.labels import sample_labels
+from cpvit.data.order import Numbers, SampleOrder, Share, augmentation_seed, mixing_seed
 from cpvit.data.preprocess import Preprocessing, Transform
-from cpvit.data.records import ImageSource, Reader
-from cpvit.data.shards import ShardSource, shuffled_stream
+from cpvit.data.records import ImageSource, Reader, Sample
+from cpvit.data.shard_index import ShardSource
 
-__all__ = ["Augmentation", "Mixing", "TrainBatch", "TrainBatches", "make_train_batches"]
+__all__ = [
+    "Augmentation",
+    "Mixing",
+    "TrainBatch",
+    "TrainBatches",
+    "TrainLoaderOptions",
+    "make_train_batches",
+]
+
+
+@dataclass(frozen=True)
+class TrainLoaderOptions:
+    """How training batches are made.
+
+    Attributes:
+        batch_size: Images per step on this process; even if batches are mixed.
+        seed: At least 0.
+        augmentation: Of single images.
+        mixing: Of batches.
+        label_smoothing: Part of a target spread evenly over all classes (arXiv 1512.00567).
+        num_workers: Processes that decode and augment; 0 does it in this one.
+        rank: This process among `world_size`.
+        world_size: Processes that train together.
+        shuffle_buffer: For shards: samples among which each is shuffled, beside the order of the shards.
+    """
+
+    batch_size: int
+    seed: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    mixing: Mixing = field(default_factory=Mixing)
+    label_smoothing: float = 0.0
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle_buffer: int = 5000
+
+    def __post_init__(self) -> None:
+        if self.seed < 0 or self.num_workers < 0:
+            raise ValueError(
+                f"seed is {self.seed} and num_workers {self.num_workers}; expected at least 0 for both"
+            )
+        if self.mixing.active and self.batch_size % 2:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, but mixing blends images in pairs; make it even"
+            )
+        if self.shuffle_buffer < 1:
+            raise ValueError(
+                f"shuffle_buffer is {self.shuffle_buffer}; expected at least 1 sample (1: no shuffling)"
+            )
+        self.share()
+
+    def share(self) -> Share:
+        """The samples of this process."""
+        return Share(self.batch_size, self.rank, self.world_size)
 
 
 @dataclass(frozen=True)
@@ -51,66 +103,6 @@ class TrainBatch:
     targets: Tensor | None
 
 
-class TrainImage(NamedTuple):
-    """A decoded sample: its number in the run, the image and the label."""
-
-    number: int
-    image: Image.Image
-    label: int
-
-
-class TrainImages(Protocol):
-    """Samples in training order. Must survive pickling, because loader workers get a copy."""
-
-    def __len__(self) -> int: ...
-
-    def stream(self, share: Share) -> Iterator[TrainImage]:
-        """The samples of `share` in the order of their numbers, without end."""
-        ...
-
-
-@dataclass(frozen=True)
-class ListedImages:
-    """Images that can be read in any order, in a new permutation each epoch."""
-
-    keys: tuple[str, ...]
-    labels: Numbers
-    reader: Reader
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def stream(self, share: Share) -> Iterator[TrainImage]:
-        """See `TrainImages`."""
-        epoch, order = -1, np.empty(0, np.int64)
-        for step in share.steps():
-            for number in share.numbers(step):
-                if number // len(self) != epoch:
-                    epoch = number // len(self)
-                    order = shuffled(len(self), self.seed, epoch)
-                index = int(order[number % len(self)])
-                yield TrainImage(number, self.reader.read(self.keys[index]), int(self.labels[index]))
-
-
-@dataclass(frozen=True)
-class StreamedImages:
-    """Images in shards, through a shuffle buffer of `buffer` samples."""
-
-    source: ShardSource
-    labels: Mapping[str, int]
-    seed: int
-    buffer: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def stream(self, share: Share) -> Iterator[TrainImage]:
-        """See `TrainImages`."""
-        for number, sample in shuffled_stream(self.source, share, self.seed, self.buffer):
-            yield TrainImage(number, sample.decoded(), sample.label_in(self.labels))
-
-
 @dataclass(frozen=True)
 class _Failure:
     """An error on its way out of a worker as a value: raised there, it would arrive wrapped in a traceback."""
@@ -120,42 +112,68 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _BatchMaker:
-    """Augments, stacks and mixes the samples of a step."""
+    """Augments, stacks and mixes the images of a step."""
 
     transform: Transform
     mixer: Mixer
     seed: int
 
-    def __call__(self, step: int, rank: int, samples: Iterator[TrainImage]) -> TrainBatch:
+    def __call__(
+        self, step: int, rank: int, numbers: Sequence[int], images: Iterator[Image.Image], labels: Tensor
+    ) -> TrainBatch:
         with preserved_generators():
-            images, labels = zip(*(self._augmented(sample) for sample in samples), strict=True)
+            stacked = torch.stack([self._augmented(*pair) for pair in zip(numbers, images, strict=True)])
             seed_generators(mixing_seed(self.seed, step, rank))
-            label_tensor = torch.tensor(labels, dtype=torch.int64)
-            mixed, targets = self.mixer(torch.stack(images), label_tensor)
-        return TrainBatch(step, mixed, label_tensor, targets)
+            mixed, targets = self.mixer(stacked, labels)
+        return TrainBatch(step, mixed, labels, targets)
 
-    def _augmented(self, sample: TrainImage) -> tuple[Tensor, int]:
-        seed_generators(augmentation_seed(self.seed, sample.number))
-        return self.transform(sample.image), sample.label
+    def _augmented(self, number: int, image: Image.Image) -> Tensor:
+        seed_generators(augmentation_seed(self.seed, number))
+        return self.transform(image)
 
 
-class _Steps(IterableDataset[TrainBatch | _Failure]):
-    """What each loader worker runs: whole batches of its share of the steps."""
+@dataclass(frozen=True)
+class _TrainImages:
+    """Images and their labels `[images]`, by index."""
 
-    def __init__(self, images: TrainImages, make_batch: _BatchMaker, share: Share) -> None:
+    samples: Sequence[Sample]
+    labels: Numbers
+    reader: Reader
+
+    def read(self, index: int) -> Image.Image:
+        return self.reader.read(self.samples[index].key)
+
+
+class _Steps(Dataset[TrainBatch | _Failure]):
+    """The batch of each step, as a map-style data set; must survive pickling, because workers get a copy."""
+
+    def __init__(
+        self, images: _TrainImages, order: SampleOrder, make_batch: _BatchMaker, share: Share
+    ) -> None:
         self._images = images
+        self._order = order
         self._make_batch = make_batch
         self._share = share
 
-    def __iter__(self) -> Iterator[TrainBatch | _Failure]:
-        worker = get_worker_info()
-        share = self._share if worker is None else self._share.of_worker(worker.id, worker.num_workers)
-        samples = self._images.stream(share)
+    def __getitem__(self, step: int) -> TrainBatch | _Failure:
+        numbers = self._share.numbers(step)
+        indices = [self._order.index(number) for number in numbers]
+        labels = torch.from_numpy(self._images.labels[indices])
         try:
-            for step in share.steps():
-                yield self._make_batch(step, share.rank, islice(samples, share.batch_size))
+            images = map(self._images.read, indices)
+            return self._make_batch(step, self._share.rank, numbers, images, labels)
         except (ValueError, OSError) as error:
-            yield _Failure(error)
+            return _Failure(error)
+
+
+class _StepsFrom(Sampler[int]):
+    """All steps from one on, without end."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self._first)
 
 
 class TrainBatches:
@@ -167,15 +185,11 @@ class TrainBatches:
             divide the images, the last of them reaches into the next epoch.
     """
 
-    def __init__(
-        self, images: TrainImages, make_batch: _BatchMaker, share: Share, *, num_workers: int
-    ) -> None:
-        self._images = images
-        self._make_batch = make_batch
-        self._share = share
+    def __init__(self, steps: _Steps, num_images: int, share: Share, *, num_workers: int) -> None:
+        self._steps = steps
         self._num_workers = num_workers
-        self.num_images = len(images)
-        self.steps_per_epoch = -(-len(images) // (share.batch_size * share.world_size))
+        self.num_images = num_images
+        self.steps_per_epoch = -(-num_images // (share.batch_size * share.world_size))
 
     def starting_at(self, step: int) -> Iterator[TrainBatch]:
         """The batches of `step`, `step + 1`, ... without end: the same as an uninterrupted run has there.
@@ -183,15 +197,18 @@ class TrainBatches:
         Loader workers start with the first batch and live as long as the iterator.
 
         Raises:
+            ValueError: The step is negative.
             BadImageError: While iterating, on an image that cannot be decoded.
             BadArchiveError: While iterating, on a damaged archive or shard.
         """
-        share = replace(self._share, first=step)
-        # Whole batches come out of the dataset, hence no batching here. The generator is its own, because
+        if step < 0:
+            raise ValueError(f"step is {step}; expected at least 0")
+        # Whole batches come out of the data set, hence no batching here. The generator is its own, because
         # a DataLoader otherwise draws from the global one.
         loader = DataLoader(
-            _Steps(self._images, self._make_batch, share),
+            self._steps,
             batch_size=None,
+            sampler=_StepsFrom(step),
             num_workers=self._num_workers,
             generator=torch.Generator(),
         )
@@ -212,20 +229,12 @@ def _without_skip_hint(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def make_train_batches(
-    source: ImageSource | ShardSource,
+    source: ImageSource,
     preprocessing: Preprocessing,
+    options: TrainLoaderOptions,
     *,
     labels: Mapping[str, int],
     num_classes: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    augmentation: Augmentation,
-    mixing: Mixing,
-    label_smoothing: float = 0.0,
-    shuffle_buffer: int = 5000,
 ) -> TrainBatches:
     """Shuffled, augmented and mixed batches that can start at any step.
 
@@ -235,57 +244,46 @@ def make_train_batches(
     differs. The global random generators are left as they are.
 
     Args:
-        source: From `open_data(..., split="train")`.
+        source: From `find_samples(..., split="train")`.
         preprocessing: Usually `Preprocessing.from_model(model)`.
+        options: Batch size, augmentation, processes.
         labels: From `label_map`.
         num_classes: Outputs of the model's head.
-        batch_size: Images per step on this process; even if batches are mixed.
-        seed: At least 0.
-        rank: This process among `world_size`.
-        world_size: Processes that train together.
-        num_workers: Processes that decode and augment; 0 does it in this one.
-        augmentation: Of single images.
-        mixing: Of batches.
-        label_smoothing: Part of a target spread evenly over all classes (arXiv 1512.00567).
-        shuffle_buffer: For shards: samples among which each is shuffled, beside the order of the shards. All
-            loader workers of all processes together hold about half of as many encoded images.
 
     Raises:
         ValueError: An option out of range, an image without a label, or a label that the head lacks.
 
     Example:
+        >>> options = TrainLoaderOptions(batch_size=64, mixing=Mixing(mixup=0.8))
         >>> batches = make_train_batches(  # doctest: +SKIP
-        ...     source, preprocessing, labels=label_map(source, 10), num_classes=10, batch_size=64, seed=0,
-        ...     augmentation=Augmentation(), mixing=Mixing(mixup=0.8),
+        ...     source, preprocessing, options, labels=label_map(source, 10), num_classes=10
         ... )
         >>> for batch in batches.starting_at(1000):  # doctest: +SKIP
         ...     loss = criterion(model(batch.images), batch.targets)
     """
-    if seed < 0 or num_workers < 0:
-        raise ValueError(f"seed is {seed} and num_workers {num_workers}; expected at least 0 for both")
-    if mixing.active and batch_size % 2:
-        raise ValueError(f"batch_size is {batch_size}, but mixing blends images in pairs; make it even")
-    if shuffle_buffer < 1:
-        raise ValueError(f"shuffle_buffer is {shuffle_buffer}; expected at least 1 sample (1: no shuffling)")
-    share = Share(batch_size, rank, world_size)
-    make_batch = _BatchMaker(
-        augmentation.transform(preprocessing), Mixer(mixing, num_classes, label_smoothing), seed
-    )
     _check_head(labels, num_classes)
-    images = (
-        _listed(source, labels, seed)
-        if isinstance(source, ImageSource)
-        else StreamedImages(source, labels, seed, shuffle_buffer)
-    )
-    return TrainBatches(images, make_batch, share, num_workers=num_workers)
-
-
-def _listed(source: ImageSource, labels: Mapping[str, int], seed: int) -> ListedImages:
-    if not source.samples:
+    if not len(source):
         raise ValueError(f"{source.name} holds no images")
-    keys = tuple(sample.key for sample in source.samples)
-    numbers = np.array(sample_labels(source, labels), np.int64)
-    return ListedImages(keys, numbers, source.reader.select(keys), seed)
+    images = _TrainImages(
+        source.samples,
+        sample_labels(source, labels),
+        source.reader.select(sample.key for sample in source.samples),
+    )
+    make_batch = _BatchMaker(
+        options.augmentation.transform(preprocessing),
+        Mixer(options.mixing, num_classes, options.label_smoothing),
+        options.seed,
+    )
+    share = options.share()
+    steps = _Steps(images, _sample_order(source, options), make_batch, share)
+    return TrainBatches(steps, len(source), share, num_workers=options.num_workers)
+
+
+def _sample_order(source: ImageSource, options: TrainLoaderOptions) -> SampleOrder:
+    """A new permutation each epoch; images in shards stay near those that lie beside them."""
+    if isinstance(source, ShardSource):
+        return SampleOrder(len(source), options.seed, source.sizes, options.shuffle_buffer)
+    return SampleOrder(len(source), options.seed)
 
 
 def _check_head(labels: Mapping[str, int], num_classes: int) -> None:
