@@ -23,6 +23,28 @@ BUILT_ON = {
 }
 """The one adapter that extends another, a ViT block with a bias; and the parts of the one for transformers."""
 SHARED_COMMANDS = {"__init__", "common", "options", "tables"}
+FLOORS = (
+    "attention",
+    "core",
+    "methods",
+    "kernels",
+    "adapters",
+    "plans",
+    "machine",
+    "pruning",
+    "weights",
+    "data",
+    "measure",
+    "tuning",
+    "finetune",
+    "demo",
+    "commands",
+)
+"""From the ground up: a room imports from those below it."""
+OUTSIDE = {"__init__", "_moved"}
+ENTRY_POINTS = {"_moved.py", "demo/train.py", "commands/cli.py", "commands/original.py"}
+MOST_ARGUMENTS = {"run_block": 9}
+"""The algorithm's own step: an options value would hide what it depends on."""
 
 
 def imports(file: str) -> set[str]:
@@ -65,14 +87,9 @@ def test_attention_knows_torch_only() -> None:
     assert external("attention.py") == {"torch"}
 
 
-def test_schedules_are_pure_python() -> None:
-    assert external("schedule.py") == {"cpvit"}
-    assert own("schedule.py") <= {"macs"}
-
-
-def test_plans_are_pure_python() -> None:
-    assert external("plan.py") <= {"cpvit"}
-    assert own("plan.py") <= {"methods"}
+@pytest.mark.parametrize("file", ["schedules", "budget", "plan", "config", "check", "steps"])
+def test_values_and_arithmetic_need_no_tensors(file: str) -> None:
+    assert external(f"plans/{file}.py") <= {"cpvit"}
 
 
 @pytest.mark.parametrize("adapter", sorted(set(ADAPTERS) - SHARED_ADAPTERS))
@@ -86,7 +103,7 @@ def test_adapters_know_the_core_and_attention_but_not_what_is_built_on_them(adap
     assert own(f"adapters/{adapter}.py") <= {"adapters", "attention", "core"}
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - SHARED_COMMANDS))
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - SHARED_COMMANDS - {"cli", "original"}))
 def test_a_verb_knows_no_other_verb(verb: str) -> None:
     parts = {name for name in VERBS if name.startswith(verb.split("_")[0] + "_")}
     assert modules_of(f"commands/{verb}.py", "commands") <= SHARED_COMMANDS - {"__init__"} | parts
@@ -97,12 +114,18 @@ def test_methods_know_the_core_and_attention_but_no_model(method: str) -> None:
     assert own(f"methods/{method}.py") <= {"methods", "core", "attention"}
 
 
-def test_nothing_in_the_library_knows_the_command_line() -> None:
-    outer = {"cli", "commands", "seed"}
+def test_imports_between_rooms_point_one_way() -> None:
+    """What an image meets, what decides the pruning, what is measured, where models come from, what people start."""
     for file in ROOT.rglob("*.py"):
-        name = file.relative_to(ROOT)
-        if name.parts[0].removesuffix(".py") not in outer:
-            assert not own(str(name)) & outer, name
+        room = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room not in OUTSIDE:
+            above = set(FLOORS[FLOORS.index(room) + 1 :]) | OUTSIDE
+            assert not own(str(file.relative_to(ROOT))) & above, file
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms == set(FLOORS) | OUTSIDE
 
 
 def test_the_data_knows_nothing_of_models() -> None:
@@ -110,10 +133,45 @@ def test_the_data_knows_nothing_of_models() -> None:
         assert own(f"data/{file.name}") <= {"data"}
 
 
-def test_no_two_top_level_modules_import_each_other() -> None:
-    names = [path.stem for path in ROOT.glob("*.py") if path.stem != "__init__"]
-    arrows = {name: own(f"{name}.py") for name in names}
-    assert [(a, b) for a, b in permutations(names, 2) if b in arrows[a] and a in arrows[b]] == []
+def test_no_two_modules_of_a_room_import_each_other() -> None:
+    for room in (path for path in ROOT.iterdir() if path.is_dir()):
+        files = [path.stem for path in room.glob("*.py") if path.stem != "__init__"]
+        arrows = {name: modules_of(f"{room.name}/{name}.py", room.name) for name in files}
+        assert [(a, b) for a, b in permutations(files, 2) if b in arrows[a] and a in arrows[b]] == []
+
+
+def test_every_module_is_imported_by_another_or_is_an_entry_point() -> None:
+    files = {path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.stem != "__init__"}
+    names = {".".join(("cpvit", *file.with_suffix("").parts)): file for file in files}
+    imported = {name for path in ROOT.rglob("*.py") for name in imports(str(path.relative_to(ROOT)))}
+    assert {str(names[name]) for name in set(names) - imported} <= ENTRY_POINTS
+
+
+def test_a_model_is_opened_in_public_functions_only() -> None:
+    """Everything below them takes the opened host; a call in a private function is a second opening."""
+    callers: list[str] = []
+    for file in ROOT.rglob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                callers += [f"{file.name}: {function.name}" for _ in calls(function, "open_host")]
+    assert not [caller for caller in callers if ": _" in caller]
+    assert len(callers) < 12, callers
+
+
+def calls(function: ast.FunctionDef, name: str) -> list[ast.Call]:
+    return [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    ]
+
+
+def test_no_public_function_takes_more_than_eight_arguments() -> None:
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                names = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg != "self"]
+                assert len(names) <= MOST_ARGUMENTS.get(node.name, 8), (file.name, node.name, names)
 
 
 def test_importing_the_library_loads_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,34 +31,45 @@ from cpvit.tuning.target import Target
 from cpvit.tuning.tune import TuneOptions, tune
 
 
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """What to compare."""
+
+    methods: str = "cpvit,cpvit-merge,tome,pitome,evit,topk,random"
+    """Names, separated by commas."""
+    macs: str = "0.9,0.8,0.7,0.6,0.5,0.4"
+    """Fractions of the dense MACs, separated by commas."""
+    searched: str = ""
+    """Methods whose schedule is searched for on the calibration images, separated by commas."""
+    trials: int = 120
+    """Schedules to evaluate in each search."""
+    plans: str = ""
+    """Files written by ``cpvit plan``, separated by commas: rows and a line of their own."""
+
+
+BY_DEFAULT = ComparisonOptions()
+
+
 def run(
     model: ModelOptions,
     data: DataOptions,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
-    methods: str = "cpvit,cpvit-merge,tome,pitome,evit,topk,random",
-    macs: str = "0.9,0.8,0.7,0.6,0.5,0.4",
-    searched: str = "",
-    trials: int = 120,
-    plans: str = "",
+    comparison: ComparisonOptions = BY_DEFAULT,
     plot: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Evaluate several methods at several MACs budgets on the same images.
 
     Args:
-        methods: Names, separated by commas.
-        macs: Fractions of the dense MACs, separated by commas.
-        searched: Methods whose schedule is searched for on the calibration images, separated by commas.
-        trials: Schedules to evaluate in each search.
-        plans: Files written by ``cpvit plan``, separated by commas: rows and a line of their own.
         plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)
+    searched, trials = words(comparison.searched), comparison.trials
     if searched and calibration.calibration is None:
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
-    loaded = [Plan.load(path) for path in words(plans)]
+    loaded = [Plan.load(path) for path in words(comparison.plans)]
     network = build_model(model, data=data.data)
     batches = build_batches(network, data, preprocessing)
     images = _search_images(network, calibration, preprocessing, data.seed) if searched else torch.empty(0)
@@ -76,9 +88,9 @@ def run(
         result = sweep(
             network,
             batches,
-            SweepOptions(tuple(words(methods)), tuple(numbers(macs)), tuple(loaded), data.seed),
+            SweepOptions(words(comparison.methods), numbers(comparison.macs), tuple(loaded), data.seed),
             calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
-            search={method: partial(search, method) for method in words(searched)},
+            search={method: partial(search, method) for method in searched},
             progress=lambda items, title, total: bar.track(items, total=total, description=title),
         )
     print(_text(result))

@@ -67,12 +67,13 @@ def measure(case: Case, *, seed: int = 0) -> SupportRow:
     if case.needs_transformers and importlib.util.find_spec("transformers") is None:
         return SupportRow(case.family, case.name, failure=NO_TRANSFORMERS)
     try:
-        return _measured(case, seed)
+        return measure_row(case, seed)
     except Exception as error:  # every failure is a cell of the table
         return SupportRow(case.family, case.name, failure=_reason(error))
 
 
-def _measured(case: Case, seed: int) -> SupportRow:
+def measure_row(case: Case, seed: int) -> SupportRow:
+    """:func:`measure`, but what goes wrong is raised."""
     with torch.device("meta"):
         full_model = case.full()
     full, host = (open_host(model) for model in (full_model, small_model(case, seed)))
