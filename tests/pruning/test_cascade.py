@@ -238,7 +238,7 @@ def test_a_watcher_is_gone_after_its_with_even_if_it_failed(pruned: Any) -> None
     container = installed(open_host(pruned))
     with pytest.raises(KeyError), record(pruned):
         raise KeyError
-    assert container.cascade.watchers == []
+    assert container.cascade.hooks == []
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from cpvit.adapters import Host, open_host
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
 from cpvit.machine.device import choose_device, choose_dtype
+from cpvit.machine.processes import Processes, start_processes
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.plan import Plan
@@ -26,6 +29,22 @@ from cpvit.weights.loading import load_checkpoint
 from cpvit.weights.reading import head_classes
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+@contextmanager
+def joined(options: ModelOptions) -> Iterator[Processes | None]:
+    """The processes that torchrun or accelerate started with this one, of which only the first prints; else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    processes = start_processes(options.device)
+    with ExitStack() as stack:
+        stack.callback(processes.part)
+        if not processes.is_main:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield processes
 
 
 def build_model(options: ModelOptions, *, data: str | None = None, weights_needed: bool = True) -> nn.Module:
@@ -97,8 +116,13 @@ def image_size_of(size: tuple[int, ...] | None) -> int | tuple[int, int] | None:
     return size[0] if len(size) == 1 else (size[0], size[1])
 
 
-def build_batches(model: nn.Module, options: DataOptions, preprocessing: PreprocessingOptions) -> Batches:
-    """Labelled batches of what ``--data`` names."""
+def build_batches(
+    model: nn.Module,
+    options: DataOptions,
+    preprocessing: PreprocessingOptions,
+    processes: Processes | None = None,
+) -> Batches:
+    """Labelled batches of what ``--data`` names; of several processes each gets its share."""
     source = open_source(options)
     classes = int(model.num_classes)  # type: ignore[arg-type]
     return make_loader(
@@ -108,6 +132,8 @@ def build_batches(model: nn.Module, options: DataOptions, preprocessing: Preproc
         batch_size=options.batch_size,
         num_workers=options.workers,
         skip_bad_images=options.skip_bad_images,
+        rank=0 if processes is None else processes.rank,
+        world_size=1 if processes is None else processes.world_size,
     )
 
 
@@ -187,13 +213,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def write_record(result: object, path: Path | None) -> None:
-    """Write a result's record as JSON, if asked for."""
-    if path is None:
+def write_record(result: object, path: Path | None, processes: Processes | None = None) -> None:
+    """Write a result's record as JSON, if asked for; the first of several processes does."""
+    if path is None or not is_first(processes):
         return
     record = dataclasses.asdict(result)  # type: ignore[call-overload]
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")
     say(f"record: {path}")
+
+
+def is_first(processes: Processes | None) -> bool:
+    """Whether this process writes files."""
+    return processes is None or processes.is_main
 
 
 def set_seed(seed: int) -> None:

@@ -9,6 +9,7 @@ from cpvit.commands.common import (
     build_calibration,
     build_model,
     heads_need_images,
+    joined,
     planned,
     progress,
     set_seed,
@@ -31,21 +32,32 @@ def run(
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
 
+    Started by torchrun, each process evaluates a share of the images.
+
     Args:
         plan: A plan written by ``cpvit plan``, instead of a method and a budget.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)
-    network = build_model(model, data=data.data)
-    batches = build_batches(network, data, preprocessing)
-    config = planned(pruning, plan)
-    statistics = build_calibration(
-        network,
-        calibration,
-        preprocessing,
-        seed=data.seed,
-        fallback=data if heads_need_images(config) else None,
-    )
-    result = evaluate(network, batches, config, calibration=statistics, seed=data.seed, progress=progress)
-    print(eval_text(result))
-    write_record(result, json)
+    with joined(model) as processes:
+        network = build_model(model, data=data.data)
+        batches = build_batches(network, data, preprocessing, processes)
+        config = planned(pruning, plan)
+        statistics = build_calibration(
+            network,
+            calibration,
+            preprocessing,
+            seed=data.seed,
+            fallback=data if heads_need_images(config) else None,
+        )
+        result = evaluate(
+            network,
+            batches,
+            config,
+            calibration=statistics,
+            seed=data.seed,
+            progress=progress,
+            processes=processes,
+        )
+        print(eval_text(result))
+        write_record(result, json, processes)

@@ -12,6 +12,8 @@ import torch
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
+    is_first,
+    joined,
     open_source,
     progress,
     progress_bar,
@@ -24,6 +26,7 @@ from cpvit.commands.tables import plan_text
 from cpvit.data import label_map, make_loader
 from cpvit.machine.align import best_align
 from cpvit.machine.files import write_atomically
+from cpvit.machine.processes import Processes
 from cpvit.plans.config import Align, PruneConfig
 from cpvit.pruning.opening import open_restored
 from cpvit.tuning.speedup import SpeedTuned, SpeedupOptions, tune_speedup
@@ -71,23 +74,25 @@ def run(
         json: Write how good the plan is on the calibration images to this file.
     """
     set_seed(data.seed)
-    network = build_model(model, data=data.data)
-    images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
-    checkpoint = out.with_name(out.name + ".search")
-    request = _Request(target, options, data.batch_size, data.seed, checkpoint)
-    try:
-        found = _search(network, images, labels, request)
-    except KeyboardInterrupt:
-        if target.speedup is None:
-            say(f"stopped; the same command goes on from {checkpoint}")
-        raise
-    tuned = found.tuned if isinstance(found, SpeedTuned) else found
-    write_atomically(out, tuned.plan.to_json())
-    print(_text(tuned))
-    if isinstance(found, SpeedTuned):
-        print(_speed_text(found))
-    say(f"plan: {out}")
-    write_record(found, json)
+    with joined(model) as processes:
+        network = build_model(model, data=data.data)
+        images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
+        checkpoint = out.with_name(out.name + ".search")
+        request = _Request(target, options, data.batch_size, data.seed, checkpoint, processes)
+        try:
+            found = _search(network, images, labels, request)
+        except KeyboardInterrupt:
+            if target.speedup is None:
+                say(f"stopped; the same command goes on from {checkpoint}")
+            raise
+        tuned = found.tuned if isinstance(found, SpeedTuned) else found
+        if is_first(processes):
+            write_atomically(out, tuned.plan.to_json())
+        print(_text(tuned))
+        if isinstance(found, SpeedTuned):
+            print(_speed_text(found))
+        say(f"plan: {out}")
+        write_record(found, json, processes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class _Request:
     batch_size: int
     seed: int
     checkpoint: Path
+    processes: Processes | None = None
 
     def search(self, multiple: int = 1) -> TuneOptions:
         """Options of the library's search."""
@@ -133,13 +139,22 @@ def _search(
             bar.update(task, completed=count, description=f"distance {best:.4f}")
 
         if target.speedup is not None:
+            if request.processes is not None:
+                raise ValueError("--speedup is measured in one process; start it without torchrun")
             timing = SpeedupOptions(request.batch_size, options.align, seconds=options.seconds)
             return tune_speedup(
                 network, images, target.speedup, request.search(), timing, on_trial=show, on_message=say
             )
         search = request.search(_multiple(network, request))
         return tune(
-            network, images, target, search, labels=labels, checkpoint=request.checkpoint, on_trial=show
+            network,
+            images,
+            target,
+            search,
+            labels=labels,
+            checkpoint=request.checkpoint,
+            on_trial=show,
+            processes=request.processes,
         )
 
 

@@ -14,6 +14,8 @@ from cpvit.commands.common import (
     build_calibration,
     build_model,
     build_preprocessing,
+    is_first,
+    joined,
     numbers,
     progress,
     progress_bar,
@@ -61,6 +63,8 @@ def run(
 ) -> None:
     """Evaluate several methods at several MACs budgets on the same images.
 
+    Started by torchrun, each process evaluates a share of the images.
+
     Args:
         plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
         json: Write the record behind what is printed to this file.
@@ -70,10 +74,11 @@ def run(
     if searched and calibration.calibration is None:
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
     loaded = [Plan.load(path) for path in words(comparison.plans)]
-    network = build_model(model, data=data.data)
-    batches = build_batches(network, data, preprocessing)
-    images = _search_images(network, calibration, preprocessing, data.seed) if searched else torch.empty(0)
-    with progress_bar() as bar:
+    options = SweepOptions(words(comparison.methods), numbers(comparison.macs), tuple(loaded), data.seed)
+    with joined(model) as processes, progress_bar() as bar:
+        network = build_model(model, data=data.data)
+        batches = build_batches(network, data, preprocessing, processes)
+        images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
         task = bar.add_task("search", total=trials, visible=False)
 
         def search(method: str, budget: float) -> Plan:
@@ -83,20 +88,22 @@ def run(
 
             target = Target(macs=budget)
             settings = TuneOptions(method=method, trials=trials, seed=data.seed)
-            return tune(network, images, target, settings, on_trial=show).plan
+            assert images is not None, "read above, since something is searched for"
+            return tune(network, images, target, settings, on_trial=show, processes=processes).plan
 
         result = sweep(
             network,
             batches,
-            SweepOptions(words(comparison.methods), numbers(comparison.macs), tuple(loaded), data.seed),
+            options,
             calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
             search={method: partial(search, method) for method in searched},
             progress=lambda items, title, total: bar.track(items, total=total, description=title),
+            processes=processes,
         )
-    print(_text(result))
-    if plot is not None:
-        say(f"plot: {plot_sweep(result, plot)}")
-    write_record(result, json)
+        print(_text(result))
+        if plot is not None and is_first(processes):
+            say(f"plot: {plot_sweep(result, plot)}")
+        write_record(result, json, processes)
 
 
 def _search_images(

@@ -10,9 +10,9 @@ from cpvit.finetune.config import (
     TighteningConfig,
 )
 from cpvit.finetune.loop import DivergedError
-from cpvit.finetune.processes import Processes, start_processes
 from cpvit.finetune.result import FinetuneResult
 from cpvit.finetune.run import RunOptions, finetune
+from cpvit.machine.processes import Processes, start_processes
 
 __all__ = [
     "Callback",

@@ -11,7 +11,7 @@ import torch
 from cpvit.adapters import Host
 from cpvit.data import Batches
 from cpvit.finetune.checkpoint import Evaluation
-from cpvit.finetune.processes import Processes
+from cpvit.machine.processes import Processes
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpvit.finetune.callbacks import StepLog
 from cpvit.finetune.checkpoint import Evaluation, TrainingState
-from cpvit.finetune.processes import Processes
+from cpvit.machine.processes import Processes
 
 COLUMNS = tuple(column.name for column in dataclasses.fields(StepLog))[1:]
 """What is kept of every step."""

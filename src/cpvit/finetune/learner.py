@@ -15,7 +15,7 @@ from cpvit.finetune.config import FinetuneConfig
 from cpvit.finetune.features import open_on
 from cpvit.finetune.optimizer import make_optimizer, make_schedule
 from cpvit.finetune.precision import gradient_scaler
-from cpvit.finetune.processes import Processes
+from cpvit.machine.processes import Processes
 
 
 class Learner:

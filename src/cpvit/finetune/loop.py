@@ -30,10 +30,10 @@ from cpvit.finetune.history import History, StepMeter
 from cpvit.finetune.learner import Learner
 from cpvit.finetune.objective import Objective
 from cpvit.finetune.precision import autocast
-from cpvit.finetune.processes import Processes
 from cpvit.finetune.result import FinetuneResult, best_of, record_text
 from cpvit.machine.device import DTYPES
 from cpvit.machine.environment import describe_environment
+from cpvit.machine.processes import Processes
 from cpvit.plans.plan import Plan
 
 READ_EVERY = 10

@@ -20,8 +20,8 @@ from cpvit.finetune.features import open_on, open_teacher
 from cpvit.finetune.fingerprint import refuse_differences, run_fingerprint
 from cpvit.finetune.folder import RunFolder
 from cpvit.finetune.loop import RunSetup, TrainingLoop
-from cpvit.finetune.processes import Processes, start_processes
 from cpvit.finetune.result import FinetuneResult
+from cpvit.machine.processes import Processes, start_processes
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.plan import Plan

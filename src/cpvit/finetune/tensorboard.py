@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cpvit.finetune.callbacks import Callback, StepLog
 from cpvit.finetune.checkpoint import Evaluation
 from cpvit.finetune.folder import TENSORBOARD
-from cpvit.finetune.processes import Processes
+from cpvit.machine.processes import Processes
 
 
 class TensorBoard(Callback):

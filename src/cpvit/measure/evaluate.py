@@ -11,6 +11,7 @@ from torch import nn
 from cpvit.adapters import Host
 from cpvit.data import Batches
 from cpvit.machine.environment import Environment, describe_environment
+from cpvit.machine.processes import Processes, gathered
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
@@ -79,6 +80,7 @@ def evaluate(
     calibration: Calibration | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
+    processes: Processes | None = None,
 ) -> EvalResult:
     """Evaluate a model dense and pruned on the same images. The model is left untouched.
 
@@ -89,16 +91,17 @@ def evaluate(
         calibration: From ``calibrate``; makes the schedule layer-aware and lets heads be cut.
         seed: Only recorded.
         progress: Shows how far each pass is.
+        processes: Those that share the work, each with batches of its own share; the result is that of all images.
 
     Raises:
         ValueError: The configuration does not fit the model, or the images have no labels.
     """
     host = open_restored(model)
-    dense = predict(host, batches, title="dense", progress=progress)
+    dense = predict(host, batches, title="dense", progress=progress, processes=processes)
     dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
     plan = prune_host(host, PruneConfig() if config is None else config, calibration=calibration)
     try:
-        pruned = predict(host, batches, title="pruned", progress=progress)
+        pruned = predict(host, batches, title="pruned", progress=progress, processes=processes)
         pruned_result = PrunedResult(
             top1=pruned.top(1),
             top5=pruned.top(5),
@@ -109,6 +112,7 @@ def evaluate(
         )
     finally:
         unprune_host(host)
+    skipped = gathered(list(batches.skipped), processes)
     return EvalResult(
         model=plan.model,
         dense=dense_result,
@@ -117,8 +121,8 @@ def evaluate(
         agreement=agreement(dense, pruned),
         kl=kl_divergence(dense, pruned),
         images=len(dense.log_probs),
-        images_skipped=len(batches.skipped),
-        skipped=tuple(batches.skipped),
+        images_skipped=len(skipped),
+        skipped=tuple(skipped),
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
     )
@@ -126,9 +130,14 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-    host: Host, batches: Batches, *, title: str = "", progress: Progress = no_progress
+    host: Host,
+    batches: Batches,
+    *,
+    title: str = "",
+    progress: Progress = no_progress,
+    processes: Processes | None = None,
 ) -> Predictions:
-    """Run a model over labelled images.
+    """Run a model over labelled images; of several processes each runs its share, and all get the predictions of all.
 
     Raises:
         ValueError: The images have no labels.
@@ -143,7 +152,8 @@ def predict(
             logits = host.output(host.model(batch.images.to(host.device, host.dtype)))  # type: ignore[attr-defined]
             log_probs.append(logits.float().log_softmax(dim=-1).cpu())
             labels.append(batch.labels)  # type: ignore[attr-defined]
-    return Predictions(torch.cat(log_probs), torch.cat(labels))
+    shares = gathered(list(zip(log_probs, labels, strict=True)), processes)
+    return Predictions(*(torch.cat(side) for side in zip(*shares, strict=True)))
 
 
 def count_params(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cpvit.data import Batches
 from cpvit.machine.environment import Environment, describe_environment
+from cpvit.machine.processes import Processes
 from cpvit.measure.evaluate import Progress, no_progress, predict
 from cpvit.measure.metrics import agreement, kl_divergence
 from cpvit.plans.calibration import Calibration
@@ -80,6 +81,7 @@ def sweep(
     calibration: Calibration | None = None,
     search: Mapping[str, Search] = MappingProxyType({}),
     progress: Progress = no_progress,
+    processes: Processes | None = None,
 ) -> SweepResult:
     """Evaluate every method at every MACs budget. The model is left untouched.
 
@@ -91,6 +93,7 @@ def sweep(
         search: By method, what finds its plan for a budget (:func:`cpvit.tuning.tune.tune` on calibration images that
             are not among the evaluated).
         progress: Shows each pass.
+        processes: As for :func:`cpvit.measure.evaluate.evaluate`.
 
     Raises:
         ValueError: A plan is not for this model, or something does not fit; plans are checked before anything runs.
@@ -98,13 +101,13 @@ def sweep(
     host = open_restored(model)
     for plan in options.plans:
         check_plan(plan, host)
-    dense = predict(host, batches, title="dense", progress=progress)
+    dense = predict(host, batches, title="dense", progress=progress, processes=processes)
     dense_macs = host_macs(host)
     points: list[SweepPoint] = []
 
     def add_point(name: str, asked: float, config: PruneConfig | Plan) -> None:
         plan = prune_host(host, config, calibration=calibration, verify=not points)
-        pruned = predict(host, batches, title=f"{name} {asked:g}", progress=progress)
+        pruned = predict(host, batches, title=f"{name} {asked:g}", progress=progress, processes=processes)
         points.append(
             SweepPoint(
                 method=name,

@@ -16,7 +16,7 @@ from cpvit.core import CPViT, head_score
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.heads import HeadOutputs
 from cpvit.plans.steps import make_steps
-from cpvit.pruning.cascade import Cascade, Watched, Watcher, watching
+from cpvit.pruning.cascade import BlockHook, BlockOutput, Cascade, registered_hook
 from cpvit.pruning.heads import projection_of
 from cpvit.pruning.install import install, uninstall
 from cpvit.pruning.opening import open_untouched
@@ -49,7 +49,7 @@ def calibrate_host(
     cascade = _keep_everything(host)
     install(host, cascade)
     try:
-        with watching(cascade, Watcher(statistics.see, attention=True)):
+        with registered_hook(cascade, BlockHook(statistics.see, attention=True)):
             _run_all(host, images)
     finally:
         uninstall(host)
@@ -111,13 +111,13 @@ class _Statistics:
         self.range_sum = torch.zeros(host.depth, dtype=torch.float64)
         self.head_sum = [torch.zeros(block.num_heads, dtype=torch.float64) for block in host.blocks]
 
-    def see(self, watched: Watched) -> None:
-        probs = watched.probs
+    def see(self, output: BlockOutput) -> None:
+        probs = output.probs
         assert probs is not None
-        self.images += probs.shape[0] if watched.block == 0 else 0
+        self.images += probs.shape[0] if output.block == 0 else 0
         range_ = attention_range(probs, self.host.num_prefix, self.distance.to(probs.device))
-        self.range_sum[watched.block] += range_.sum().double().cpu()
-        self.head_sum[watched.block] += head_score(probs.amax(dim=-2)).sum(0).double().cpu()
+        self.range_sum[output.block] += range_.sum().double().cpu()
+        self.head_sum[output.block] += head_score(probs.amax(dim=-2)).sum(0).double().cpu()
 
     def result(self) -> Calibration:
         if self.images == 0:

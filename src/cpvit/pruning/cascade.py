@@ -23,22 +23,22 @@ class PruningBypassError(RuntimeError):
     """The host was about to run its blocks without the cascade."""
 
 
-class Watched(NamedTuple):
-    """What a watcher is shown after each block."""
+class BlockOutput(NamedTuple):
+    """What a hook is shown after each block."""
 
     block: int
     tokens: Tensor
     """[B P+n C] leaving the block."""
     state: TokenState
     probs: Tensor | None
-    """[B H N N], only if the watcher asked for the attention."""
+    """[B H N N], only if the hook asked for the attention."""
 
 
 @dataclass(frozen=True)
-class Watcher:
-    """Called after every block of every forward; see :func:`watching`."""
+class BlockHook:
+    """Called after every block of every forward; see :func:`registered_hook`."""
 
-    see: Callable[[Watched], None]
+    see: Callable[[BlockOutput], None]
     attention: bool = False
 
 
@@ -51,7 +51,7 @@ class Cascade:
     steps: tuple[BlockStep, ...]
     dense_features: bool = False
     checkpointing: bool = False
-    watchers: list[Watcher] = field(default_factory=list)
+    hooks: list[BlockHook] = field(default_factory=list)
     kernel: ScoredAttention | None = None
 
     @property
@@ -89,8 +89,8 @@ class _Run:
         cascade = self.cascade
         state = self._start(x, extra) if self.state is None else self.state
         x, self.state, probs = self._run_block(number, x, state, extra)
-        for watcher in cascade.watchers:
-            watcher.see(Watched(number, x, self.state, probs))
+        for hook in cascade.hooks:
+            hook.see(BlockOutput(number, x, self.state, probs))
         return self._finish(x, self.state) if self.next_block == len(cascade.steps) else x
 
     def _run_block(
@@ -107,7 +107,7 @@ class _Run:
                 state,
                 num_prefix=cascade.host.num_prefix,
                 extra=extra,
-                return_probs=any(watcher.attention for watcher in cascade.watchers),
+                return_probs=any(hook.attention for hook in cascade.hooks),
                 kernel=cascade.kernel,
             )
 
@@ -137,7 +137,7 @@ class _Run:
         )
 
     def _carriers_are_read(self) -> bool:
-        return self._spreads_out() or bool(self.cascade.watchers)
+        return self._spreads_out() or bool(self.cascade.hooks)
 
     def _spreads_out(self) -> bool:
         """Whether the caller, or a head that pools what was merged, needs every patch."""
@@ -165,10 +165,10 @@ class _Step:
 
 
 @contextmanager
-def watching(cascade: Cascade, watcher: Watcher) -> Iterator[None]:
-    """Show every block of every forward inside the ``with`` to ``watcher``."""
-    cascade.watchers.append(watcher)
+def registered_hook(cascade: Cascade, hook: BlockHook) -> Iterator[None]:
+    """Show every block of every forward inside the ``with`` to ``hook``."""
+    cascade.hooks.append(hook)
     try:
         yield
     finally:
-        cascade.watchers.remove(watcher)
+        cascade.hooks.remove(hook)

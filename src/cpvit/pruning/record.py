@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from cpvit.pruning.cascade import Watched, Watcher, watching
+from cpvit.pruning.cascade import BlockHook, BlockOutput, registered_hook
 from cpvit.pruning.opening import open_pruned
 
 
@@ -20,11 +20,11 @@ class Trace:
     """Per block [B K]: original positions, row-major over the patch grid, of the patches that leave it."""
     carriers: tuple[Tensor | None, ...] = ()
     """Per block [B N0]: for merging methods, the row of the token that carries each original patch."""
-    _seen: list[Watched] = field(default_factory=list, repr=False)
+    _seen: list[BlockOutput] = field(default_factory=list, repr=False)
 
-    def _see(self, watched: Watched) -> None:
-        seen = [] if watched.block == 0 else self._seen
-        self._seen = [*seen, watched._replace(tokens=watched.tokens[:0])]
+    def _see(self, output: BlockOutput) -> None:
+        seen = [] if output.block == 0 else self._seen
+        self._seen = [*seen, output._replace(tokens=output.tokens[:0])]
         self.survivors = tuple(past.state.positions for past in self._seen)
         self.carriers = tuple(past.state.carrier for past in self._seen)
 
@@ -43,5 +43,5 @@ def record(model: nn.Module) -> Iterator[Trace]:
     """
     _, container = open_pruned(model)
     trace = Trace()
-    with watching(container.cascade, Watcher(trace._see)):
+    with registered_hook(container.cascade, BlockHook(trace._see)):
         yield trace

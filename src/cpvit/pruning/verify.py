@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters import Host
 from cpvit.core import BlockStep, CPViT
-from cpvit.pruning.cascade import Cascade, Watched, Watcher, watching
+from cpvit.pruning.cascade import BlockHook, BlockOutput, Cascade, registered_hook
 from cpvit.pruning.install import install, uninstall
 from cpvit.pruning.opening import open_untouched
 
@@ -125,13 +125,13 @@ def _run_cascade(host: Host, image: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Output and every block's tokens, with everything kept."""
     tokens: list[Tensor] = []
 
-    def see(watched: Watched) -> None:
-        tokens.append(watched.tokens)
+    def see(output: BlockOutput) -> None:
+        tokens.append(output.tokens)
 
     cascade = Cascade(host, CPViT(), _both_routes(host))
     install(host, cascade)
     try:
-        with watching(cascade, Watcher(see)):
+        with registered_hook(cascade, BlockHook(see)):
             return _output(host, image), tokens
     finally:
         uninstall(host)

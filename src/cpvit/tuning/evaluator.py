@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from cpvit.adapters import Host
+from cpvit.machine.processes import Processes, gathered
 from cpvit.measure.metrics import Predictions, logit_distance
 from cpvit.methods import method_named
 from cpvit.plans.calibration import Calibration
@@ -40,15 +42,23 @@ class PlanEvaluator:
         labels: [B], if there are any.
         method: What the plans are for.
         head_keep_rate: Fraction of the heads left.
+        processes: Those that share the images; all hold all of them and get the same predictions.
 
     Raises:
         ValueError: The model has no classification head.
     """
 
     def __init__(
-        self, host: Host, images: Tensor, labels: Tensor | None, method: str, head_keep_rate: float
+        self,
+        host: Host,
+        images: Tensor,
+        labels: Tensor | None,
+        method: str,
+        head_keep_rate: float,
+        processes: Processes | None = None,
     ) -> None:
         self.host = host
+        self.processes = processes
         self.images = images
         self.labels = labels
         self.method = method_named(method)
@@ -66,10 +76,17 @@ class PlanEvaluator:
         host = self.host
         logits = [
             host.output(host.model(batch.to(host.device, host.dtype))).float().cpu()
-            for batch in self.images[:images].split(BATCH)
+            for batch in self._share(self.images[:images].split(BATCH))
         ]
         labels = None if self.labels is None else self.labels[:images]
-        return Predictions(torch.cat(logits).log_softmax(dim=-1), labels)
+        return Predictions(torch.cat(gathered(logits, self.processes)).log_softmax(dim=-1), labels)
+
+    def _share(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Whole batches, so that several processes compute what one would, to the bit."""
+        if self.processes is None:
+            return batches
+        rank, world_size = self.processes.rank, self.processes.world_size
+        return batches[len(batches) * rank // world_size : len(batches) * (rank + 1) // world_size]
 
     def base_plan(self) -> Plan:
         """A plan to be given other counts."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from cpvit.machine.processes import Processes, gathered
 from cpvit.measure.metrics import agreement, kl_divergence, logit_distance
 from cpvit.plans.budget import BudgetError
 from cpvit.plans.costs import Costs, cost_model
@@ -53,6 +54,7 @@ def tune(
     labels: Tensor | None = None,
     checkpoint: Path | None = None,
     on_trial: OnTrial = lambda evaluations, best: None,
+    processes: Processes | None = None,
 ) -> Tuned:
     """Find the plan that is closest to the dense model. The model is left untouched.
 
@@ -64,6 +66,7 @@ def tune(
         labels: [B], needed for ``max_drop``.
         checkpoint: File to keep evaluated schedules in; an interrupted search goes on from it.
         on_trial: Called with the number of schedules evaluated and the least logit distance so far.
+        processes: Those that share the images; all make the same search and find the same plan.
 
     Raises:
         ValueError: No labels for ``max_drop``, no head to compare, or the target cannot be reached.
@@ -73,7 +76,9 @@ def tune(
     if target.max_drop is not None and labels is None:
         raise ValueError("max_drop needs labels: give labelled calibration images, or min_agreement instead")
     options = TuneOptions() if options is None else options
-    evaluator = PlanEvaluator(open_restored(model), images, labels, options.method, options.head_keep_rate)
+    evaluator = PlanEvaluator(
+        open_restored(model), images, labels, options.method, options.head_keep_rate, processes
+    )
     return tune_on(evaluator, target, options, checkpoint=checkpoint, on_trial=on_trial)
 
 
@@ -91,13 +96,20 @@ def tune_on(
     Args:
         costs: What ``target.macs`` is a fraction of, instead of the dense MACs; seconds, say.
     """
-    store = SearchCheckpoint(checkpoint, _key(evaluator, target, options))
+    store = _checkpoint(checkpoint, _key(evaluator, target, options), evaluator.processes)
     cascade = options.head_choice == "cascade"
     plan = evaluator.base_plan() if cascade else evaluator.plan_by_head_loss(store)
     run = _Run(evaluator, plan, options, store, on_trial, costs)
     tuned = run.at(target.macs) if target.macs is not None else _cheapest(run, target)
     store.delete()
     return tuned
+
+
+def _checkpoint(path: Path | None, key: str, processes: Processes | None) -> SearchCheckpoint:
+    """Of several processes the first keeps the file; all start with what is in it."""
+    store = SearchCheckpoint(path if processes is None or processes.is_main else None, key)
+    store.known = gathered([store.known], processes)[0]
+    return store
 
 
 def _key(evaluator: PlanEvaluator, target: Target, options: TuneOptions) -> str:

@@ -1,4 +1,4 @@
-"""One process or many: Hugging Face Accelerate, set up for the training loop.
+"""One process or many: Hugging Face Accelerate behind the few things that training and evaluation need of it.
 
 Many are started by ``torchrun`` or ``accelerate launch``; nothing here launches anything.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cpvit.machine.device import choose_device
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """This process among those that work together."""
 
     accelerator: Any
     """Accelerate's; without its mixed precision (:mod:`cpvit.finetune.precision`)."""
@@ -52,6 +52,15 @@ class Processes:
         reduced: Tensor = self.accelerator.reduce(values.to(self.device), reduction=how)
         return reduced
 
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in the order of their numbers, on every one of them."""
+        if self.world_size == 1:
+            return values
+        from accelerate.utils import gather_object
+
+        gathered: list[Any] = gather_object(values)
+        return gathered
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
@@ -82,7 +91,15 @@ def start_processes(device: str = "auto", *, logging_dir: Path | None = None) ->
     # One name per kind of device: MULTI_CPU, MULTI_GPU, MULTI_XPU ...
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise ValueError(
-            f"finetuning runs in one process or data-parallel, not with {kind.value}; "
+            f"cpvit runs in one process or data-parallel, not with {kind.value}; "
             "start it with torchrun, or with accelerate launch --multi_gpu"
         )
     return Processes(accelerator, chosen if accelerator.num_processes == 1 else accelerator.device)
+
+
+T = TypeVar("T")
+
+
+def gathered(values: list[T], processes: Processes | None) -> list[T]:
+    """The values of all processes, in the order of their numbers; None is one process."""
+    return values if processes is None else processes.gather(values)
