@@ -168,7 +168,7 @@ def test_tome_merges_the_most_similar_pairs_of_sources_and_destinations(removed:
     torch.testing.assert_close(got[0], expected)
 
 
-@pytest.mark.parametrize(("depth", "removed"), [(0.0, 4), (0.25, 8), (0.5, 4), (0.75, 8)])
+@pytest.mark.parametrize(("depth", "removed"), [(0.0, 4), (0.25, 8), (0.5, 3), (0.5, 8), (0.75, 8)])
 def test_pitome_merges_tokens_of_high_energy(depth: float, removed: int) -> None:
     x, inputs, state = random_block()
     keys = F.normalize(inputs.key[0, :, 1:].mean(0), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import tiny_vit
 
 from cpvit.adapters import Host, open_host
 from cpvit.methods import method_named
-from cpvit.plans.budget import BudgetError, for_keep_rate, for_macs, solve_macs
+from cpvit.plans.budget import BudgetError, _settle, for_keep_rate, for_macs, solve_macs
 from cpvit.plans.costs import cost_model
 from cpvit.plans.schedules import aligned, allowed, constant, halved_at_most, kept, layer_aware, linear_ramp
 from cpvit.plans.steps import make_steps
@@ -243,3 +244,11 @@ def test_a_step_knows_its_depth_what_to_score_and_whether_patches_were_removed_b
     assert [step.score for step in of_the_block] == [False, True, False, True, False]
     assert not any(step.score for step in make_steps(method_named("tome"), (10, 8, 8, 5, 5), 10))
     assert not any(step.score for step in make_steps(method_named("cpvit"), (10,) * 5, 10))
+
+
+def test_rounding_is_settled_in_as_many_steps_as_it_takes() -> None:
+    costs: Any = SimpleNamespace(
+        num_patches=100, num_prefix=0, tolerance=0.0, method=method_named("cpvit"), total=sum
+    )
+    assert _settle(costs, (50, 50), 90, 1) == (45, 45), "a stage of equal counts moves as one"
+    assert sum(_settle(costs, (50, 50), 91, 1)) == 91, "then single blocks"

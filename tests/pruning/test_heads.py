@@ -13,7 +13,7 @@ from cpvit import PruneConfig, prune_, unprune_
 from cpvit.adapters import open_host
 from cpvit.measure.evaluate import count_params
 from cpvit.plans.heads import HeadOutputs, choose_heads, least_missed
-from cpvit.pruning.heads import SlicedHeads, corrected_projection, head_index
+from cpvit.pruning.heads import RIDGE, SlicedHeads, corrected_projection, head_index
 
 
 def test_heads_go_by_their_accumulated_score() -> None:
@@ -177,3 +177,20 @@ def test_the_heads_that_are_missed_least_go_and_every_block_keeps_one() -> None:
     assert least_missed(damage, 2 / 3) == ((2,), (0, 1, 2))
     assert least_missed(damage, 0.5) == ((2,), (0, 1))
     assert least_missed(damage, 0.01) == ((2,), (0,))
+
+
+def test_without_a_bias_the_correction_is_the_best_through_the_origin() -> None:
+    """Heads whose outputs have a mean: the second moment counts, not the covariance alone."""
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ torch.randn(
+        6, 6, generator=generator, dtype=torch.float64
+    ) + torch.arange(6, dtype=torch.float64)
+    outputs = HeadOutputs(given.mean(0), torch.cov(given.T, correction=0))
+    weight, kept = torch.randn(4, 6, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 3, 5])
+    moment = (given.T @ given / len(given))[kept][:, kept]
+    ridge = RIDGE * moment.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    gone = given[:, [1, 4]]
+    predicted = torch.linalg.solve(moment + ridge, given[:, kept].T @ gone / len(given)).T
+    got, shift = corrected_projection(weight, outputs, kept, centred=False)
+    torch.testing.assert_close(got, weight[:, kept] + weight[:, [1, 4]] @ predicted)
+    assert not shift.any()
