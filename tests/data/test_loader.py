@@ -1,215 +1,24 @@
-"""Decoding, preprocessing, batches, and what happens to files that are no images."""
+"""Batches for evaluation: right labels, and an account of bad images."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image, ImageFile
+from pictures import SHARED_DATA, SMALL, WORKERS, encoded, images_of, noise, pack, write_classes
 from torchvision.datasets import ImageFolder
 
 from cpvit.data import (
     BadImageError,
-    Batch,
     ImageSource,
-    Preprocessing,
     Sample,
     find_samples,
     label_map,
     make_loader,
 )
-from cpvit.data.images import decode
-
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
-SMALL = Preprocessing(image_size=(13, 11), mean=(0.5,) * 3, std=(0.25,) * 3)
-WORKERS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(seed: int, size: tuple[int, int] = (23, 17)) -> Image.Image:
-    width, height = size
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def write_classes(root: Path, *, classes: Iterable[str] = ("cat", "dog", "emu"), each: int = 3) -> Path:
-    for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for index in range(each):
-            (root / name / f"{index}.jpg").write_bytes(encoded(noise(10 * number + index)))
-    return root
-
-
-def pack(root: Path, archive: Path, mode: str = "w") -> Path:
-    with tarfile.open(archive, mode) as tar:
-        tar.add(root, arcname=root.name)
-    return archive
-
-
-def images_of(batches: Iterable[Batch]) -> torch.Tensor:
-    return torch.cat([batch.images for batch in batches])
-
-
-# --- decoding ---
-
-
-def test_every_mode_becomes_rgb() -> None:
-    rgb = noise(1)
-    palette_with_alpha = encoded(rgb.convert("P"), "PNG", transparency=bytes(range(256)))
-    files = {
-        "palette": encoded(rgb.convert("P"), "PNG"),
-        "palette with alpha": palette_with_alpha,
-        "cmyk": encoded(rgb.convert("CMYK")),
-        "grey": encoded(rgb.convert("L")),
-        "bilevel": encoded(rgb.convert("1"), "PNG"),
-        "alpha": encoded(rgb.convert("RGBA"), "PNG"),
-        "gif": encoded(rgb, "GIF"),
-        "webp": encoded(rgb, "WEBP"),
-    }
-    for name, data in files.items():
-        image = decode(data, name)
-        assert (image.mode, image.size) == ("RGB", (23, 17))
-
-
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
-    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    data = encoded(Image.fromarray(values), "PNG")
-    assert np.asarray(decode(data, "deep.png"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
-
-
-def test_exif_orientation_is_not_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode(encoded(noise(1), exif=exif), "turned.jpg").size == (23, 17)
-
-
-def test_damaged_exif_is_harmless() -> None:
-    data = encoded(noise(1), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")
-    assert decode(data, "x.jpg").size == (23, 17)
-
-
-@pytest.mark.parametrize(
-    ("data", "cause"),
-    [
-        (b"", "the file is empty"),
-        (b"just text, named .jpg", "Pillow does not recognise it as an image"),
-        (encoded(noise(1))[:-200], "truncated"),
-        (encoded(noise(1), "PNG")[:-300], "truncated"),
-        (encoded(noise(1))[:2], "Pillow does not recognise"),
-        (encoded(noise(1), "PNG")[:20], ""),
-    ],
-)
-def test_bad_data_is_named_with_its_cause(data: bytes, cause: str) -> None:
-    with pytest.raises(
-        BadImageError, match=rf"cannot read image x\.jpg: .*{cause}.*; repair or remove it, or leave"
-    ):
-        decode(data, "x.jpg")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_any_damage_gives_an_image_or_the_error(kind: str) -> None:
-    rng = np.random.default_rng(0)
-    whole = encoded(noise(3), kind)
-    for _ in range(40):
-        data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
-        data[rng.integers(len(data))] ^= 0xFF
-        try:
-            assert decode(bytes(data), "x").mode == "RGB"
-        except BadImageError as error:
-            assert "cannot read image x: " in str(error)  # noqa: PT017 (either outcome is right)
-
-
-def test_truncated_files_fail_even_if_pillow_was_told_to_accept_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with pytest.raises(BadImageError, match="truncated"):
-        decode(encoded(noise(1))[:-200], "x.jpg")
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
-
-
-@pytest.mark.parametrize("limit", [300, 100])
-def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    # 391 pixels: above 300 Pillow warns, above twice 100 it raises.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(BadImageError, match=r"bomb\.jpg: Image size \(391 pixels\) exceeds limit"):
-        decode(encoded(noise(1)), "bomb.jpg")
-
-
-# --- preprocessing ---
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "test_vit"])
-def test_preprocessing_is_timms_own(name: str) -> None:
-    model = timm.create_model(name)
-    config = timm.data.resolve_model_data_config(model)
-    image = noise(5, (301, 207))
-    expected = timm.data.create_transform(**config, is_training=False)(image)
-    assert torch.equal(Preprocessing.from_model(model).transform()(image), expected)
-
-
-def test_preprocessing_follows_the_size_of_the_model() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80))
-    preprocessing = Preprocessing.from_model(model)
-    assert preprocessing.image_size == (48, 80)
-    assert preprocessing.transform()(noise(1)).shape == (3, 48, 80)
-
-
-def test_preprocessing_overrides() -> None:
-    model = timm.create_model("test_vit", dynamic_img_size=True)
-    changed = Preprocessing.from_model(
-        model, image_size=64, mean=(0.5,) * 3, std=[0.5] * 3, interpolation="bilinear", crop_pct=1
-    )
-    assert changed == Preprocessing((64, 64), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
-    white = changed.transform()(Image.new("RGB", (64, 64), "white"))
-    assert torch.equal(white, torch.ones(3, 64, 64))
-
-
-def test_preprocessing_survives_json() -> None:
-    assert Preprocessing.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
-
-
-def test_preprocessing_refuses_a_size_the_model_does_not_take() -> None:
-    model = timm.create_model("vit_tiny_patch16_224")
-    with pytest.raises(
-        ValueError, match=r"image_size is \(64, 64\) but the model takes \(224, 224\) only; create it"
-    ):
-        Preprocessing.from_model(model, image_size=64)
-
-
-def test_preprocessing_of_an_unknown_model() -> None:
-    with pytest.raises(ValueError, match="Linear has no pretrained_cfg, so its preprocessing is unknown"):
-        Preprocessing.from_model(torch.nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image_size": [0, 5]}, r"image_size is \(0, 5\); expected height and width, both at least 1"),
-        ({"image_size": [1, 2, 3]}, r"image_size is \(1, 2, 3\); expected one number"),
-        ({"mean": [0.5]}, "expected three values each"),
-        ({"std": [1, 1, 0]}, "std above 0"),
-        ({"interpolation": "cubic"}, "interpolation is 'cubic'; expected one of nearest, bilinear"),
-        ({"crop_pct": 0}, "crop_pct is 0; expected a fraction above 0"),
-        ({"crop_mode": "left"}, "crop_mode is 'left'; expected one of center, squash, border"),
-    ],
-)
-def test_preprocessing_refuses_nonsense(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Preprocessing.from_dict({**SMALL.to_dict(), **changes})
-
-
-# --- batches ---
 
 
 def test_batches_are_imagefolders(tmp_path: Path) -> None:
@@ -282,9 +91,6 @@ def test_loader_options(tmp_path: Path) -> None:
         make_loader(empty, SMALL, labels=None, batch_size=1)
 
 
-# --- bad images ---
-
-
 def spoil(root: Path) -> Path:
     whole = (root / "cat" / "1.jpg").read_bytes()
     (root / "cat" / "1.jpg").write_bytes(whole[: len(whole) // 2])
@@ -351,9 +157,6 @@ def test_a_file_that_vanished(tmp_path: Path) -> None:
     batches = make_loader(source, SMALL, labels=None, batch_size=9)
     with pytest.raises(BadImageError, match=r"emu/2\.jpg: No such file or directory"):
         list(batches)
-
-
-# --- real data ---
 
 
 def test_real_imagenet_archive() -> None:

@@ -1,29 +1,32 @@
-"""Training batches: addressable by position, alike for any number of workers and processes, and mixed right."""
+"""Training batches: addressable by position, alike for any number of workers and processes."""
 
 from __future__ import annotations
 
-import io
 import pickle
-import random
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_batches import (
+    CLASSES,
+    EACH,
+    PLAIN,
+    SMALL,
+    WORKERS,
+    assert_same,
+    batches_of,
+    identities,
+    noise_source,
+    take,
+)
 
 from cpvit.data import (
     Augmentation,
     BadImageError,
     ImageSource,
     Mixing,
-    Preprocessing,
-    TrainBatch,
-    TrainBatches,
     TrainLoaderOptions,
     find_samples,
     label_map,
@@ -31,69 +34,10 @@ from cpvit.data import (
     make_train_batches,
 )
 
-SMALL = Preprocessing(image_size=(24, 20), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-PLAIN = Augmentation(random_resized_crop=False, flip=0.0)
-EVERYTHING = Augmentation(rand_augment="rand-m9-n2-mstd0.5-inc1", scale=(0.3, 1.0), random_erasing=0.5)
-# Forking is what is tested, and there may be more workers than cores.
-WORKERS = pytest.mark.filterwarnings(
-    "ignore:.*fork.*:DeprecationWarning", "ignore:This DataLoader will create"
-)
-CLASSES, EACH = 3, 5
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
-    """15 images of noise in 3 classes."""
-    path = tmp_path_factory.mktemp("images") / "noise.tar"
-    generator = np.random.default_rng(0)
-    with tarfile.open(path, "w") as archive:
-        for name in ("ant", "bee", "cat"):
-            for number in range(EACH):
-                file = io.BytesIO()
-                pixels = generator.integers(0, 256, (27, 31, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(file, "PNG")
-                member = tarfile.TarInfo(f"{name}/{number}.png")
-                member.size = len(file.getvalue())
-                archive.addfile(member, io.BytesIO(file.getvalue()))
-    return find_samples(path)
-
-
-def batches_of(
-    source: ImageSource,
-    augmentation: Augmentation = EVERYTHING,
-    mixing: Mixing = Mixing(),  # noqa: B008
-    *,
-    batch_size: int = 4,
-    seed: int = 7,
-    **options: float,
-) -> TrainBatches:
-    chosen = TrainLoaderOptions(batch_size, seed, augmentation, mixing, **options)  # type: ignore[arg-type]
-    return make_train_batches(source, SMALL, chosen, labels=label_map(source, CLASSES), num_classes=CLASSES)
-
-
-def take(batches: TrainBatches, count: int, start: int = 0) -> list[TrainBatch]:
-    return list(islice(batches.starting_at(start), count))
-
-
-def assert_same(first: TrainBatch, second: TrainBatch) -> None:
-    assert first.step == second.step
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.labels, second.labels)
-    assert (first.targets is None) == (second.targets is None)
-    if first.targets is not None and second.targets is not None:
-        assert torch.equal(first.targets, second.targets)
-
-
-def identities(source: ImageSource, batches: Iterator[TrainBatch], count: int) -> list[int]:
-    """Which image of the source each unaugmented image of the first `count` batches is."""
-    plain = torch.cat([b.images for b in make_loader(source, SMALL, labels=None, batch_size=4)])
-    found = torch.cat([batch.images for batch in islice(batches, count)])
-    equal = (found[:, None] == plain[None]).flatten(2).all(2)
-    assert (equal.sum(1) == 1).all()
-    return equal.int().argmax(1).tolist()
-
-
-# --- position ---
+    return noise_source(tmp_path_factory.mktemp("images"))
 
 
 @WORKERS
@@ -173,119 +117,6 @@ def test_labels_belong_to_the_images(source: ImageSource) -> None:
     assert labels == [index // EACH for index in identities(source, batches.starting_at(0), 5)]
 
 
-# --- what happens to an image ---
-
-
-def test_without_augmentation_images_are_those_of_evaluation(source: ImageSource) -> None:
-    seen = identities(source, batches_of(source, PLAIN).starting_at(0), 4)
-    assert len(set(seen[:15])) == 15
-
-
-def test_flip_alone(source: ImageSource) -> None:
-    plain = take(batches_of(source, PLAIN), 4)
-    flipped = take(batches_of(source, Augmentation(random_resized_crop=False, flip=1.0)), 4)
-    for before, after in zip(plain, flipped, strict=True):
-        # The crop is even, so that flipping before and after it is the same.
-        assert torch.equal(before.images.flip(3), after.images)
-
-
-@pytest.mark.parametrize(
-    "augmentation",
-    [
-        Augmentation(flip=0.0, scale=(0.2, 0.5)),
-        Augmentation(random_resized_crop=False, flip=0.5),
-        Augmentation(random_resized_crop=False, flip=0.0, color_jitter=0.4),
-        Augmentation(random_resized_crop=False, flip=0.0, random_erasing=0.9),
-        Augmentation(random_resized_crop=False, flip=0.0, rand_augment="rand-m9-mstd0.5-inc1"),
-    ],
-)
-def test_each_augmentation_acts(source: ImageSource, augmentation: Augmentation) -> None:
-    plain = take(batches_of(source, PLAIN), 4)
-    changed = take(batches_of(source, augmentation), 4)
-    for before, after in zip(plain, changed, strict=True):
-        assert torch.equal(before.labels, after.labels)
-        assert (before.images.shape, after.images.dtype) == (after.images.shape, torch.float32)
-    assert any(not torch.equal(a.images, b.images) for a, b in zip(plain, changed, strict=True))
-
-
-def test_images_are_normalised(tmp_path: Path) -> None:
-    (tmp_path / "grey").mkdir()
-    Image.new("RGB", (30, 30), (51, 102, 204)).save(tmp_path / "grey" / "1.png")
-    batches = make_train_batches(
-        find_samples(tmp_path), SMALL, TrainLoaderOptions(batch_size=1), labels={"grey": 0}, num_classes=1
-    )
-    (batch,) = take(batches, 1)
-    expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(SMALL.mean)) / torch.tensor(SMALL.std)
-    torch.testing.assert_close(batch.images[0], expected[:, None, None].expand(3, 24, 20))
-
-
-def state() -> list[object]:
-    kind, words, *rest = np.random.get_state()
-    return [random.getstate(), kind, words.tolist(), rest, torch.get_rng_state().tolist()]
-
-
-@WORKERS
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_global_generators_are_left_alone(source: ImageSource, num_workers: int) -> None:
-    batches = batches_of(source, mixing=Mixing(mixup=1.0, cutmix=1.0), num_workers=num_workers)
-    before = state()
-    expected = take(batches, 3)
-    assert state() == before
-    random.seed(99)
-    np.random.seed(99)
-    torch.manual_seed(99)
-    for first, second in zip(expected, take(batches, 3), strict=True):
-        assert_same(first, second)
-
-
-# --- mixing ---
-
-
-@pytest.mark.parametrize("mixing", [Mixing(mixup=0.8), Mixing(cutmix=1.0), Mixing(mixup=0.8, cutmix=1.0)])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_mixed_targets_sum_to_one(source: ImageSource, mixing: Mixing, label_smoothing: float) -> None:
-    for batch in take(batches_of(source, mixing=mixing, label_smoothing=label_smoothing), 6):
-        assert batch.targets is not None
-        assert batch.targets.shape == (4, CLASSES)
-        assert batch.targets.dtype == torch.float32
-        torch.testing.assert_close(batch.targets.sum(1), torch.ones(4))
-        least = label_smoothing / CLASSES
-        for target, label, partner in zip(batch.targets, batch.labels, batch.labels.flip(0), strict=True):
-            others = [index for index in range(CLASSES) if index not in (int(label), int(partner))]
-            torch.testing.assert_close(target[others], torch.full((len(others),), least))
-
-
-def test_mixup_blends_images_as_it_blends_targets(source: ImageSource) -> None:
-    plain = take(batches_of(source, PLAIN), 8)
-    mixed = take(batches_of(source, PLAIN, Mixing(mixup=1.0)), 8)
-    told = 0
-    for before, after in zip(plain, mixed, strict=True):
-        assert after.targets is not None
-        if before.labels[0] == before.labels[-1]:
-            continue  # the targets then do not tell the ratio
-        told += 1
-        ratio = after.targets[0, before.labels[0]]
-        torch.testing.assert_close(after.images, ratio * before.images + (1 - ratio) * before.images.flip(0))
-    assert told > 2
-
-
-def test_no_targets_without_mixing_and_smoothing(source: ImageSource) -> None:
-    assert all(batch.targets is None for batch in take(batches_of(source), 2))
-    assert all(
-        batch.targets is None for batch in take(batches_of(source, mixing=Mixing(1.0, probability=0)), 2)
-    )
-
-
-def test_label_smoothing_alone(source: ImageSource) -> None:
-    for batch in take(batches_of(source, label_smoothing=0.3), 2):
-        expected = torch.full((4, CLASSES), 0.1).scatter_(1, batch.labels[:, None], 0.8)
-        assert batch.targets is not None
-        torch.testing.assert_close(batch.targets, expected)
-
-
-# --- errors ---
-
-
 @WORKERS
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_image_is_named(tmp_path: Path, num_workers: int) -> None:
@@ -358,9 +189,6 @@ def test_mixing_that_makes_no_sense() -> None:
         Mixing(mixup=-1)
     with pytest.raises(ValueError, match=r"switch_probability is 2; expected a probability from 0 to 1"):
         Mixing(switch_probability=2)
-
-
-# --- sharing out evaluation ---
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 20])

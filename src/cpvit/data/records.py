@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Protocol
 
 from PIL import Image
@@ -109,12 +110,11 @@ def _round_robin(samples: Sequence[Sample], seed: int) -> list[int]:
         by_class[names[position]].append(position)
     classes = sorted(by_class)
     random.Random(seed).shuffle(classes)
-    ranked = []
-    for turn, name in enumerate(classes):
+    for name in classes:
         # A generator per class: adding images to one class leaves the order within the others as it was.
         random.Random(f"{seed}/{name}").shuffle(by_class[name])
-        ranked += [(round_, turn, position) for round_, position in enumerate(by_class[name])]
-    return [position for *_, position in sorted(ranked)]
+    rounds = zip_longest(*(by_class[name] for name in classes))
+    return [position for round_ in rounds for position in round_ if position is not None]
 
 
 def make_source(

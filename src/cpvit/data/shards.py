@@ -45,8 +45,8 @@ def is_shards(source: StrPath) -> bool:
 def open_shards(source: StrPath, *, split: str | None = None) -> ShardSource:
     """Find the shards that `source` names and the images in them.
 
-    The headers of all shards are read once, in the time that Python's tarfile takes for that, about 30
-    microseconds per stored file: over a minute for ImageNet's training images.
+    The headers of all shards are read once; Python's tarfile takes 30 to 90 microseconds per stored file for that,
+    so minutes for ImageNet's training images.
 
     Args:
         source: A pattern such as `data/train-{000000..000012}.tar` (or `{a,b}`), a folder of .tar files, or

@@ -1,0 +1,94 @@
+"""Decoding: every mode becomes RGB, and bad data is named with its cause."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pictures import encoded, noise
+from PIL import Image, ImageFile
+
+from cpvit.data import (
+    BadImageError,
+)
+from cpvit.data.images import decode
+
+
+def test_every_mode_becomes_rgb() -> None:
+    rgb = noise(1)
+    palette_with_alpha = encoded(rgb.convert("P"), "PNG", transparency=bytes(range(256)))
+    files = {
+        "palette": encoded(rgb.convert("P"), "PNG"),
+        "palette with alpha": palette_with_alpha,
+        "cmyk": encoded(rgb.convert("CMYK")),
+        "grey": encoded(rgb.convert("L")),
+        "bilevel": encoded(rgb.convert("1"), "PNG"),
+        "alpha": encoded(rgb.convert("RGBA"), "PNG"),
+        "gif": encoded(rgb, "GIF"),
+        "webp": encoded(rgb, "WEBP"),
+    }
+    for name, data in files.items():
+        image = decode(data, name)
+        assert (image.mode, image.size) == ("RGB", (23, 17))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    data = encoded(Image.fromarray(values), "PNG")
+    assert np.asarray(decode(data, "deep.png"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(noise(1), exif=exif), "turned.jpg").size == (23, 17)
+
+
+def test_damaged_exif_is_harmless() -> None:
+    data = encoded(noise(1), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")
+    assert decode(data, "x.jpg").size == (23, 17)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "the file is empty"),
+        (b"just text, named .jpg", "Pillow does not recognise it as an image"),
+        (encoded(noise(1))[:-200], "truncated"),
+        (encoded(noise(1), "PNG")[:-300], "truncated"),
+        (encoded(noise(1))[:2], "Pillow does not recognise"),
+        (encoded(noise(1), "PNG")[:20], ""),
+    ],
+)
+def test_bad_data_is_named_with_its_cause(data: bytes, cause: str) -> None:
+    with pytest.raises(
+        BadImageError, match=rf"cannot read image x\.jpg: .*{cause}.*; repair or remove it, or leave"
+    ):
+        decode(data, "x.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_any_damage_gives_an_image_or_the_error(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    whole = encoded(noise(3), kind)
+    for _ in range(40):
+        data = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        data[rng.integers(len(data))] ^= 0xFF
+        try:
+            assert decode(bytes(data), "x").mode == "RGB"
+        except BadImageError as error:
+            assert "cannot read image x: " in str(error)  # noqa: PT017 (either outcome is right)
+
+
+def test_truncated_files_fail_even_if_pillow_was_told_to_accept_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(BadImageError, match="truncated"):
+        decode(encoded(noise(1))[:-200], "x.jpg")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.parametrize("limit", [300, 100])
+def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    # 391 pixels: above 300 Pillow warns, above twice 100 it raises.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(BadImageError, match=r"bomb\.jpg: Image size \(391 pixels\) exceeds limit"):
+        decode(encoded(noise(1)), "bomb.jpg")
