@@ -203,7 +203,7 @@ def test_keeping_everything_changes_nothing_of_eager_attention(tower: nn.Module)
 
 
 @contextmanager
-def output(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
+def captured(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
     hook = module.register_forward_hook(lambda _module, _args, result: into.append(result))
     yield
     hook.remove()
@@ -238,7 +238,7 @@ def layer_with_probabilities(layer: nn.Module, x: Tensor, mask: Tensor) -> tuple
     attention = getattr(layer, "attention", None) or layer.self_attn
     query: list[Tensor] = []
     key: list[Tensor] = []
-    with output(attention.q_proj, query), output(attention.k_proj, key):
+    with captured(attention.q_proj, query), captured(attention.k_proj, key):
         result = layer(x, mask)
     q, k = (tensor[0].unflatten(-1, (3, 8)).transpose(1, 2) for tensor in (query, key))
     return result, (q @ k.transpose(2, 3) / 8**0.5 + mask).softmax(dim=-1)
