@@ -20,6 +20,7 @@ from cpvit.commands.finetune_options import AugmentationOptions
 from cpvit.commands.original import run_eval, run_train
 from cpvit.data import Augmentation, Mixing
 from cpvit.data.cifar import CIFAR10_CLASSES
+from cpvit.finetune import Processes
 
 SIDE = 64
 MODEL = ["--model", "test_vit", "--image-size", str(SIDE), "--device", "cpu"]
@@ -375,3 +376,25 @@ def test_a_resumed_run_keeps_the_points_before_its_checkpoint(
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(record["history"]["loss"])
     assert [event.step for event in events.Scalars("eval/top1")] == [4]
+
+
+def test_every_process_gets_its_share_of_the_images(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, Any]] = []
+
+    def keep(model: Any, train: Any, evaluation: Any, *rest: Any, **options: Any) -> None:
+        given.append((train, evaluation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpvit.commands.finetune.finetune", keep)
+    for rank in (0, 1):
+        monkeypatch.setattr(Processes, "rank", rank)
+        monkeypatch.setattr(Processes, "world_size", 2)
+        asked = [*one_step(data, weights), "--no-random-crop", "--flip", "0", "--eval-limit", "100"]
+        assert main([*asked, "--output-dir", str(tmp_path / str(rank))]) == 130
+    evaluated = [image for _, batches in given for batch in batches for image in batch.images]
+    assert len(evaluated) == 6
+    assert len({image.sum().item() for image in evaluated}) == 6, "every image once"
+    trained = [image for batches, _ in given for image in next(batches.starting_at(0)).images]
+    assert len({image.sum().item() for image in trained}) == 8, "two batches of four"
