@@ -192,13 +192,13 @@ def test_siglip_without_its_head_pools_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeping_everything_changes_nothing(model: nn.Module, dtype: torch.dtype) -> None:
-    result = cpvit.pruning.verify(model.to(dtype))
+    result = cpvit.verify(model.to(dtype))
     assert result.passed, result.summary()
 
 
 def test_keeping_everything_changes_nothing_of_eager_attention(tower: nn.Module) -> None:
     tower.float().set_attn_implementation("eager")
-    result = cpvit.pruning.verify(tower)
+    result = cpvit.verify(tower)
     assert result.passed, result.summary()
 
 

@@ -90,7 +90,7 @@ def test_a_real_architecture_can_be_pruned() -> None:
     ids=["plain", "representation", "convolutional stem", "dropout"],
 )
 def test_keeping_everything_changes_nothing(options: dict[str, object], dtype: torch.dtype) -> None:
-    result = cpvit.pruning.verify(build(**options).to(dtype))
+    result = cpvit.verify(build(**options).to(dtype))
     assert result.passed, result.summary()
 
 
