@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cpvit.commands import finetune as finetune_command
 from cpvit.commands.cli import main
-from cpvit.finetune.progress import Bar
+from cpvit.finetune.progress import ProgressBar
 
 CLASSES, EACH, SHARDS = 3, 4, 5
 SIDE = 64
@@ -186,7 +186,7 @@ def test_bad_images_are_skipped_and_counted(
     assert "000001.tar:0003.png: Pillow does not recognise it as an image" in capsys.readouterr().err
 
 
-class Interrupted(Bar):
+class Interrupted(ProgressBar):
     """Ctrl-C after three steps."""
 
     def steps(self, logs: Any) -> None:
@@ -221,7 +221,7 @@ def test_a_finetuning_on_shards_goes_on_exactly(
 
     assert main(asked("whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_command, "Bar", Interrupted)
+        patch.setattr(finetune_command, "ProgressBar", Interrupted)
         assert main(asked("parts")) == 130
     capsys.readouterr()
     assert main(asked("parts", "--resume", "--workers", "1")) == 0

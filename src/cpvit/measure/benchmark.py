@@ -47,10 +47,6 @@ class BenchmarkOptions:
     cuda_graphs: bool = False
     """Record every forward once and replay it (:class:`cpvit.kernels.cuda_graphs.CapturedModel`)."""
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-
 
 def benchmark(
     model: nn.Module,
@@ -145,6 +141,8 @@ class _Stage:
     """One setting: a dense model, its pruned copies, and the same input for all."""
 
     def __init__(self, model: nn.Module, options: BenchmarkOptions, batches: Batches | None) -> None:
+        if options.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {options.batch_size}")
         self.dense = open_restored(model)
         self.options = options
         self.batches = batches
