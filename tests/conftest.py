@@ -6,12 +6,14 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -135,6 +137,13 @@ def tiny_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(pixels.numpy()).save(file, "PNG")
                 add_member(archive, f"{label}/{number}.png", file.getvalue())
     return path
+
+
+def needs(package: str, release: str) -> None:
+    """Skip the test that calls this where the package is older than what the test asks of it."""
+    found = version(package)
+    if Version(found) < Version(release):
+        pytest.skip(f"requires {package} >= {release}, {found} is installed")
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

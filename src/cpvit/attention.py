@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,16 @@ class Attended(NamedTuple):
     """[B H N N] attention probabilities, only with ``return_probs``."""
 
 
+Values = TypeVar("Values", bound=NamedTuple)
+
+
+def replaced(values: Values, **changes: object) -> Values:
+    """``values._replace(**changes)``, in a form that torch.compile of torch 2.5 can look into."""
+    kind: Any = type(values)
+    copy: Values = kind(**{**dict(zip(kind._fields, values, strict=True)), **changes})
+    return copy
+
+
 class ScoredAttention(Protocol):
     """A kernel that computes output and column maxima in one call; see :mod:`cpvit.kernels`."""
 
@@ -97,7 +107,7 @@ def attend(
         return_probs: Also return the probabilities.
         kernel: Kernel for "max" evidence; None for torch's own operations.
     """
-    inputs = inputs if sizes is None else inputs._replace(bias=_with_log_sizes(inputs, sizes))
+    inputs = inputs if sizes is None else replaced(inputs, bias=_with_log_sizes(inputs, sizes))
     if return_probs:
         return _explicit(inputs, evidence, num_prefix, keep_probs=True)
     if evidence == "none":
@@ -136,7 +146,7 @@ def _probabilities(inputs: AttentionInputs, query: Tensor) -> Tensor:
 
 def _class_row(inputs: AttentionInputs) -> Tensor:
     """Attention of the class token (row 0) to every token: [B H N]."""
-    first = inputs if inputs.bias is None else inputs._replace(bias=inputs.bias[..., :1, :])
+    first = inputs if inputs.bias is None else replaced(inputs, bias=inputs.bias[..., :1, :])
     return _probabilities(first, inputs.query[:, :, :1]).squeeze(2)
 
 

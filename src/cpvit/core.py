@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from cpvit.attention import AttentionInputs, EvidenceKind, ScoredAttention, attend
+from cpvit.attention import AttentionInputs, EvidenceKind, ScoredAttention, attend, replaced
 
 HostArguments: TypeAlias = Mapping[str, object]
 
@@ -127,7 +127,7 @@ class CPViT:
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
         """C^l = C^(l-1) + S^l."""
         score = patch_score(evidence, num_prefix)
-        return state._replace(score=score if state.score is None else state.score + score)
+        return replaced(state, score=score if state.score is None else state.score + score)
 
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
@@ -179,7 +179,8 @@ def flat_rows(index: Tensor, rows: int) -> Tensor:
 def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple[Tensor, TokenState]:
     """Remove every patch outside ``kept`` [B k]: x [B P+n C] -> [B P+k C]. Prefix tokens always stay."""
     state = _store_removed(x, state, num_prefix)
-    return take_tokens(x, kept, num_prefix), state._replace(
+    return take_tokens(x, kept, num_prefix), replaced(
+        state,
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
         size=None if state.size is None else take(state.size, kept),
@@ -198,7 +199,7 @@ def _store_removed(x: Tensor, state: TokenState, num_prefix: int) -> TokenState:
     """Store the values of all current patches at their positions; those of the survivors are overwritten later."""
     if state.departed is None:
         return state
-    return state._replace(departed=scatter_patches(state.departed, state.positions, x[:, num_prefix:]))
+    return replaced(state, departed=scatter_patches(state.departed, state.positions, x[:, num_prefix:]))
 
 
 def scatter_patches(grid: Tensor, positions: Tensor, patches: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ def _accumulate(
         return state, out
     total = head_score(evidence) if state.head_score is None else state.head_score + head_score(evidence)
     remaining = drop_lowest_heads(total, step.mask_heads)
-    return state._replace(head_score=remaining), zero_masked_heads(out, remaining)
+    return replaced(state, head_score=remaining), zero_masked_heads(out, remaining)
 
 
 def full_grid(x: Tensor, state: TokenState, num_prefix: int) -> Tensor:

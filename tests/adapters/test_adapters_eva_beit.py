@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs
 from timm.layers import HybridEmbed
 from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from timm.models.cait import Cait
@@ -136,6 +137,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     _skip_unless(kind, options)
     if name == "gated":
         _skip_unless(eva.EvaBlock, {"gated_attn": True})
+    if name == "mixed" and dtype == torch.float64:
+        needs("timm", "1.0.31")  # before, it rotates with a product of float32 and float64
     model = kind(**SIZES, **options)
     if change is not None:
         change(model)
@@ -343,7 +346,7 @@ def test_exports_with_a_dynamic_batch(name: str) -> None:
     prune_(model, PruneConfig(keep_rate=0.5))
     images = images_for(model, 5)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},)).module()
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},), strict=False).module()
     for count in (1, 3, 5):
         torch.testing.assert_close(program(images[:count]), model(images[:count]))
 

@@ -379,7 +379,7 @@ def test_exports_with_any_batch(name: str) -> None:
     cpvit.prune_(model, cpvit.PruneConfig(keep_rate=0.5))
     dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
     with torch.no_grad():
-        program = torch.export.export(model, (images_for(model),), dynamic_shapes=dynamic)
+        program = torch.export.export(model, (images_for(model),), dynamic_shapes=dynamic, strict=False)
         for batch in (1, 5):
             images = images_for(model, batch)
             got = open_host(model).output(program.module()(images))
@@ -391,7 +391,7 @@ def test_an_exported_graph_masks_nothing() -> None:
     model = build("ViTModel").float()
     cpvit.prune_(model, cpvit.PruneConfig(keep_rate=0.5))
     with torch.no_grad():
-        program = torch.export.export(model, (images_for(model),))
+        program = torch.export.export(model, (images_for(model),), strict=False)
     softmaxes = [node for node in program.graph.nodes if "softmax" in str(node.target)]
     added = [node for node in softmaxes if "add" in str(node.args[0].target)]
     fused = [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]

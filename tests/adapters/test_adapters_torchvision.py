@@ -195,7 +195,7 @@ def test_exports_with_any_batch(model: nn.Module) -> None:
     cpvit.prune_(model, cpvit.PruneConfig(keep_rate=0.5))
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
     with torch.no_grad():
-        program = torch.export.export(model, (images_for(model),), dynamic_shapes=dynamic)
+        program = torch.export.export(model, (images_for(model),), dynamic_shapes=dynamic, strict=False)
         for batch in (1, 5):
             images = images_for(model, batch)
             torch.testing.assert_close(program.module()(images), run(model, images), rtol=1e-10, atol=1e-10)

@@ -74,7 +74,7 @@ def test_it_compiles_in_one_graph_and_exports_with_any_batch(method: Any) -> Non
     expected = model(images)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(images), expected)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False)
     torch.testing.assert_close(program.module()(random_images(5)), model(random_images(5)))
 
 

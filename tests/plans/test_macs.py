@@ -112,3 +112,19 @@ def test_a_formula_that_exceeds_the_count_is_refused(monkeypatch: pytest.MonkeyP
         RuntimeError, match=r"the cost formula of vit_tiny_patch16_224 exceeds torch's count by \d+"
     ):
         cost_model(open_host(tiny_vit()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_count_is_the_same_in_inference_mode(method: str) -> None:
+    """There the counter of torch 2.5 sees no multiplication at all, unless it is left."""
+    model = tiny_vit()
+    prune_(model, PruneConfig(method=method, keep_rate=0.4))
+    expected = count_macs(model)
+    with torch.inference_mode():
+        assert count_macs(model) == expected
+
+
+def test_a_count_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlopCounterMode, "get_total_flops", lambda _: 0)
+    with pytest.raises(RuntimeError, match=r"torch \S+ counted no operation of vit_tiny_patch16_224"):
+        count_macs(tiny_vit())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import random_images, tiny_vit
+from conftest import needs, random_images, tiny_vit
 from torch import Tensor, nn
 
 from cpvit import PruneConfig, PruningBypassError, prune_, record, unprune_
@@ -106,6 +106,8 @@ def test_a_step_that_skips_a_block_is_refused(pruned: Any) -> None:
 def test_masks_over_patches_that_may_have_left_are_refused(
     pruned: Any, images: Tensor, mask: dict[str, Any]
 ) -> None:
+    if "is_causal" in mask:
+        needs("timm", "1.0.26")  # the first whose forward_features takes it
     with pytest.raises(ValueError, match=f"a pruned model cannot take {next(iter(mask))}"):
         pruned.forward_features(images, **mask)
 
@@ -195,7 +197,7 @@ def test_no_state_of_a_forward_is_left_on_the_model(pruned: Any, images: Tensor)
     before = tensors()
     with torch.inference_mode():
         pruned(images)
-    assert tensors() == before
+    assert tensors() <= before
 
 
 def test_installing_changes_neither_names_nor_weights(model: nn.Module) -> None:

@@ -325,7 +325,7 @@ def test_a_pruned_model_compiles_in_one_graph(model: Any, images: Tensor) -> Non
 def test_a_pruned_model_exports_for_any_batch_size(model: Any) -> None:
     prune_(model, PRUNING)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (random_images(4),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (random_images(4),), dynamic_shapes=({0: batch},), strict=False)
     for size in (1, 7):
         images = random_images(size, seed=size)
         torch.testing.assert_close(run(program.module(), images), run(model, images), **EXACT)

@@ -208,7 +208,7 @@ def stacked(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 
 
 def write_npz(file: Path, arrays: dict[str, np.ndarray]) -> Path:
-    np.savez(file, allow_pickle=True, **arrays)
+    np.savez(file, **arrays)
     return file
 
 

@@ -32,7 +32,7 @@ from cpvit.adapters.common import (
 )
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.adapters.timm_vit import TimmBlock
-from cpvit.attention import AttentionInputs
+from cpvit.attention import AttentionInputs, replaced
 from cpvit.core import HostArguments
 
 SHARED = "shared_rel_pos"
@@ -56,9 +56,9 @@ class RelPosBlock(TimmBlock):
         if not isinstance(bias, Tensor):
             return inputs
         if positions is None:
-            return inputs._replace(bias=bias)
+            return replaced(inputs, bias=bias)
         pairs = pair_index(positions, self.num_prefix, bias.shape[-1])
-        return inputs._replace(bias=look_up(bias[0].flatten(1), pairs, self.num_prefix + positions.shape[1]))
+        return replaced(inputs, bias=look_up(bias[0].flatten(1), pairs, self.num_prefix + positions.shape[1]))
 
     def costs(self) -> BlockCosts:
         """MACs per token and per pair of tokens; what an MLP for the bias costs does not depend on either."""

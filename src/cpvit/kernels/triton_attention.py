@@ -12,8 +12,7 @@ Legend: B images, H heads, N tokens, D head dimension.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
-from __future__ import annotations
-
+# Annotations are not postponed here: the interpreter of Triton 3.1 knows tl.constexpr only by the object.
 import torch
 import triton
 import triton.language as tl

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
 
 DTYPES = {
     "float32": torch.float32,
@@ -14,6 +15,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+BEFORE_ACCELERATORS = torch.__version__ < TorchVersion("2.6")
+
 
 def choose_device(name: str) -> torch.device:
     """The device of a name; "auto" is torch's accelerator (CUDA, MPS, XPU ...) if there is one, else the CPU.
@@ -21,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: Unknown, or not on this machine.
     """
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = _accelerator()
     if name == "auto":
         return torch.device("cpu") if here is None else here
     try:
@@ -34,9 +37,20 @@ def choose_device(name: str) -> torch.device:
     raise ValueError(f"device {name!r} was asked for and torch sees no {kind} device here; use --device cpu")
 
 
+def _accelerator() -> torch.device | None:
+    """torch's accelerator of this machine; before torch 2.6 only CUDA can be asked about."""
+    if BEFORE_ACCELERATORS:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU has."""
-    if device.type != "cpu":
+    if device.type == "cpu":
+        return
+    if BEFORE_ACCELERATORS:
+        torch.cuda.synchronize(device)
+    else:
         torch.accelerator.synchronize(device)
 
 

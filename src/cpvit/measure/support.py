@@ -172,7 +172,9 @@ def check_export(host: Host, images: Tensor) -> None:
     """Any batch size, and the same output for another one than it was exported with."""
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
-        exported = torch.export.export(host.model, (images[1:],), dynamic_shapes=({0: batch},)).module()
+        exported = torch.export.export(
+            host.model, (images[1:],), dynamic_shapes=({0: batch},), strict=False
+        ).module()
         got = host.output(exported(images))
     _expect_equal(got, run(host, images), host.depth)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpvit.attention import AttentionInputs, EvidenceKind
+from cpvit.attention import AttentionInputs, EvidenceKind, replaced
 from cpvit.core import BlockStep, TokenState, patch_score, take
 from cpvit.methods.merging import initial_sizes, merge
 from cpvit.methods.tome import best_edges, bipartite, merge_edges
@@ -47,7 +47,7 @@ class CPViTMerge:
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
         """Importance a: attention from the class token, divided by its mean over the patches: [B H N] -> [B n]."""
         score = patch_score(evidence, num_prefix)
-        return state._replace(score=score / score.mean(dim=1, keepdim=True))
+        return replaced(state, score=score / score.mean(dim=1, keepdim=True))
 
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
@@ -55,7 +55,7 @@ class CPViTMerge:
         """Merge ``n - step.keep`` tokens: [B P+n C] -> [B P+step.keep C]."""
         assert state.score is not None
         if state.size is None:
-            state = state._replace(size=initial_sizes(x[:, num_prefix:]))
+            state = replaced(state, size=initial_sizes(x[:, num_prefix:]))
         tokens = state.positions.shape[1]
         if tokens - step.keep > tokens // 2:
             return _merge_least_important(x, state, step.keep, num_prefix)

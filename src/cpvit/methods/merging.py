@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpvit.attention import AttentionInputs
+from cpvit.attention import AttentionInputs, replaced
 from cpvit.core import TokenState, accumulator_dtype, flat_rows, take, take_tokens
 
 
@@ -61,7 +61,8 @@ def merge(
     merged = take_tokens(x, kept, num_prefix)
     rows = flat_rows(destinations + num_prefix, merged.shape[1])
     merged.flatten(0, 1).index_add_(0, rows, step.flatten(0, 1))
-    return merged, state._replace(
+    return merged, replaced(
+        state,
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
         size=take(size, kept) + _received(source_size, destinations, kept),

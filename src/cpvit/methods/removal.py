@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpvit.attention import AttentionInputs, EvidenceKind
+from cpvit.attention import AttentionInputs, EvidenceKind, replaced
 from cpvit.core import BlockStep, TokenState, highest, patch_score, remove, take, take_tokens
 
 
@@ -30,7 +30,7 @@ class TopK:
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:
         """Replace the score by this block's attention."""
-        return state._replace(score=patch_score(evidence, num_prefix))
+        return replaced(state, score=patch_score(evidence, num_prefix))
 
     def reduce(
         self, x: Tensor, state: TokenState, inputs: AttentionInputs, step: BlockStep, num_prefix: int
@@ -64,8 +64,8 @@ class EViT(TopK):
         rows = torch.cat([kept, fused[:, :1]], dim=1)
         reduced = take_tokens(x, rows, num_prefix)
         reduced[:, -1:] = weight.unsqueeze(1) @ take(x, fused + num_prefix)
-        return reduced, state._replace(
-            positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept)
+        return reduced, replaced(
+            state, positions=take(state.positions, rows), score=None, carrier=_carriers(state, kept)
         )
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:

@@ -16,18 +16,27 @@ def count_macs(model: nn.Module) -> int:
     """MACs of one image, counted by torch on the model as it is now (everything that is a matmul or conv).
 
     Runs on the "meta" device: no arithmetic is done and no weight is copied.
+
+    Raises:
+        RuntimeError: torch counted nothing, which cannot be.
     """
     return host_macs(open_host(model))
 
 
 def host_macs(host: Host) -> int:
     """:func:`count_macs` for a model that is opened already."""
-    weights = {name: tensor.to("meta") for name, tensor in _tensors(host.model).items()}
-    image = torch.empty(1, *host.image_shape, device="meta", dtype=host.dtype)
     counter = FlopCounterMode(display=False)
-    with host.in_eval_mode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        torch.func.functional_call(host.model, weights, (image,))
-    return int(counter.get_total_flops()) // 2
+    # In inference mode the counter of torch 2.5 sees whole layers, which it has no formula for: it would say 0.
+    with torch.inference_mode(False), torch.no_grad(), host.in_eval_mode(), sdpa_kernel(SDPBackend.MATH):
+        tensors = _tensors(host.model).items()
+        weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+        image = torch.empty(1, *host.image_shape, device="meta", dtype=host.dtype)
+        with counter:
+            torch.func.functional_call(host.model, weights, (image,))
+    flops = int(counter.get_total_flops())
+    if not flops:
+        raise RuntimeError(f"torch {torch.__version__} counted no operation of {host.name}; update torch")
+    return flops // 2
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

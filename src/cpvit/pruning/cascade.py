@@ -160,8 +160,10 @@ class _Step:
         self.number = number
 
     def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        names = self.run.cascade.host.positional
-        return self.run.step(self.number, x, {**dict(zip(names, args, strict=False)), **kwargs})
+        # Cut to one length: dynamo of torch 2.5 takes strict=False for strict.
+        names = self.run.cascade.host.positional[: len(args)]
+        named = dict(zip(names, args[: len(names)], strict=True))
+        return self.run.step(self.number, x, {**named, **kwargs})
 
 
 @contextmanager
