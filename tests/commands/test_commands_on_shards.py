@@ -189,8 +189,8 @@ def test_bad_images_are_skipped_and_counted(
 class Interrupted(ProgressBar):
     """Ctrl-C after three steps."""
 
-    def steps(self, logs: Any) -> None:
-        super().steps(logs)
+    def on_steps(self, logs: Any) -> None:
+        super().on_steps(logs)
         if logs[-1].step == 3:
             raise KeyboardInterrupt
 

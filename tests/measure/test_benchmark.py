@@ -118,7 +118,7 @@ def test_a_training_model_is_still_one_afterwards() -> None:
 @pytest.mark.parametrize("size", [0, -3])
 def test_a_batch_of_no_images_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
-        BenchmarkOptions(batch_size=size)
+        benchmark(tiny_vit(), options=BenchmarkOptions(batch_size=size))
 
 
 def test_pruning_that_does_not_fit_is_refused_before_anything_is_timed(monkeypatch: Any) -> None:
