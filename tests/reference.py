@@ -407,7 +407,7 @@ def equivalent_macs(model: Any, attention_tokens: list[float], ffn_tokens: list[
     total = float(model.patch_embed.num_patches * embedding.weight.numel())
     for block, attended, fed in zip(model.blocks, attention_tokens, ffn_tokens, strict=True):
         projections = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
-        total += attended * projections + 2 * attended**2 * block.attn.attn_dim
+        total += attended * projections + 2 * attended**2 * block.attn.proj.in_features
         total += fed * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
     head = getattr(model.head, "weight", None)
     return total + (0 if head is None else head.numel())

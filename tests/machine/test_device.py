@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs
 
 from cpvit.machine import device
 from cpvit.machine.device import choose_device, device_name, synchronize
+
+
+@pytest.fixture(autouse=True)
+def _with_accelerators() -> None:
+    needs("torch", "2.6")  # the first with torch.accelerator
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_images, tiny_vit
+from conftest import needs, random_images, tiny_vit
 from torch import Tensor, nn
 
 from cpvit import PruneConfig, prune_, unprune_
@@ -37,6 +37,9 @@ def test_rows_of_a_head_are_found_in_every_group() -> None:
 
 @pytest.mark.parametrize("variant", ["class", "qk_norm", "unbiased"])
 def test_a_block_with_heads_cut_gives_what_the_others_gave(variant: str) -> None:
+    needs(
+        "timm", "1.0.26"
+    )  # before, its attention could not run with fewer heads; a cascade does not call it
     model = tiny_vit(variant)
     attn = model.blocks[0].attn
     x = torch.randn(2, 9, 30, dtype=torch.float64)
