@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from cpvit.attention import AttentionInputs, replaced
 from cpvit.core import TokenState, accumulator_dtype, flat_rows, take, take_tokens
+
+INDEX_ADD_IS_WRONG = torch.__version__ < TorchVersion("2.8")
+"""The inductor of torch 2.5 loses additions to repeated rows on a CPU; seen there, and right in 2.14."""
 
 
 def mean_keys(inputs: AttentionInputs, num_prefix: int) -> Tensor:
@@ -58,9 +62,7 @@ def merge(
     step = (source_tokens - destination_tokens) * weight.unsqueeze(-1).to(x.dtype)
     if keep_length:
         step = _rescaled(source_tokens, destination_tokens, step, same)
-    merged = take_tokens(x, kept, num_prefix)
-    rows = flat_rows(destinations + num_prefix, merged.shape[1])
-    merged.flatten(0, 1).index_add_(0, rows, step.flatten(0, 1))
+    merged = _added(take_tokens(x, kept, num_prefix), step, destinations + num_prefix)
     return merged, replaced(
         state,
         positions=take(state.positions, kept),
@@ -68,6 +70,15 @@ def merge(
         size=take(size, kept) + _received(source_size, destinations, kept),
         carrier=_carriers(state, sources, destinations, kept),
     )
+
+
+def _added(tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+    """Add each step [B r C] to its row [B r] of the tokens [B N C]; rows may repeat."""
+    if INDEX_ADD_IS_WRONG and torch.compiler.is_compiling():
+        places = torch.arange(tokens.shape[1], device=tokens.device).view(1, -1, 1)
+        return tokens + (rows.unsqueeze(1) == places).to(step.dtype) @ step
+    tokens.flatten(0, 1).index_add_(0, flat_rows(rows, tokens.shape[1]), step.flatten(0, 1))
+    return tokens
 
 
 def _received(source_size: Tensor, destinations: Tensor, kept: Tensor) -> Tensor:
