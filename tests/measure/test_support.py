@@ -138,7 +138,7 @@ class TestFailures:
         )
         row = measure(self.CASE)
         assert row.failed
-        assert row.failure.startswith("(64, 64, 64, 64) of 64 patches left the blocks, planned (45")
+        assert row.failure.startswith("(64, 64, 64, 64) of 64 patches left the blocks, planned (44")
 
     def test_outputs_that_differ(self, monkeypatch: pytest.MonkeyPatch) -> None:
         host = open_host(small_model(self.CASE))

@@ -34,7 +34,7 @@ def plan_for(**dials: Any) -> Plan:
         ({"macs": float("nan")}, r"macs must be a fraction above 0 and at most 1, got nan"),
         ({"head_keep_rate": 0.0}, r"head_keep_rate must be a fraction above 0 and at most 1, got 0.0"),
         ({"head_mode": "cut"}, r"head_mode must be one of slice, mask, got 'cut'"),
-        ({"schedule": "cosine"}, r"schedule must be one of auto, linear-ramp, .*, got 'cosine'"),
+        ({"schedule": "cosine"}, r"schedule must be one of auto, curve, linear-ramp, .*, got 'cosine'"),
         ({"keep_per_block": ()}, r"keep_per_block is empty; give one value per block"),
         ({"keep_per_block": (30, 0.5)}, r"mixes numbers of patches \(int\) and fractions \(float\)"),
         ({"keep_per_block": (10, 20)}, r"must never rise \(a patch that left cannot come back\)"),
@@ -118,7 +118,7 @@ def test_only_a_fixed_number_of_patches_leaves_with_the_constant_schedule() -> N
     ("dials", "dial", "schedule"),
     [
         ({}, "keep_rate=0.5 (default)", "linear-ramp"),
-        ({"macs": 0.6}, "macs=0.6", "linear-ramp"),
+        ({"macs": 0.6}, "macs=0.6", "curve"),
         ({"keep_rate": 0.3, "schedule": "constant"}, "keep_rate=0.3", "constant"),
         ({"keep_per_block": (9, 9, 9)}, "keep_per_block", "explicit"),
         (

@@ -131,6 +131,11 @@ def pools_patches(model: HostModule) -> bool:
     return model.global_pool not in ("", "token")
 
 
+def discards_patches(model: HostModule) -> bool:
+    """Whether the output is made from prefix tokens alone."""
+    return bool(model.global_pool == "token")
+
+
 def pool_token_macs(pool: nn.Module | None) -> int:
     """MACs of timm's latent attention pooling per token it reads: keys, values, and their attention."""
     if pool is None:

@@ -92,6 +92,7 @@ def _open(model: nn.Module, entry: Entry) -> Host:
         grid=(height // patch_height, width // patch_width),
         image_shape=(tower.config.num_channels, height, width),
         pools_patches=entry.averages or pool is not None,
+        discards_patches=not entry.averages and pool is None and hasattr(model, "classifier"),
         pool_token_macs=pool_token_macs(pool),
         positional=("attention_mask",),
         output=tensor_of,

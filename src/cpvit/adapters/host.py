@@ -101,6 +101,8 @@ class Host:
     """Channels, height, width of one input image."""
     pools_patches: bool
     """Whether the head reads patches (average or attention pooling): merged ones are then spread out again."""
+    discards_patches: bool = False
+    """Whether nothing after the blocks reads a patch, and none is handed out: what leaves the last block is free."""
     pool_token_macs: int = 0
     """MACs the head spends per patch it reads (attention pooling)."""
     forbidden: tuple[str, ...] = ()

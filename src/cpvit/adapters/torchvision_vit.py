@@ -99,6 +99,7 @@ def open_torchvision_vit(model: nn.Module) -> Host | None:
         grid=(side, side),
         image_shape=(_channels(model), model.image_size, model.image_size),
         pools_patches=False,
+        discards_patches=True,
         architecture=_architecture(model, len(blocks)),
     )
 

@@ -125,7 +125,11 @@ def run_eval(arguments: SeedArguments) -> None:
         batch_size=arguments.eval_batch_size,
     )
     result = evaluate(
-        model, batches, PruneConfig(macs=arguments.macs), seed=arguments.seed, progress=progress
+        model,
+        batches,
+        PruneConfig(macs=arguments.macs, schedule="linear-ramp"),
+        seed=arguments.seed,
+        progress=progress,
     )
     print(f"{arguments.name}: {arguments.dataset}, {arguments.model_type}")
     print(eval_text(result))
@@ -151,7 +155,7 @@ def run_train(arguments: SeedArguments) -> None:
         test,
         seed_config(arguments),
         arguments.output_dir,
-        pruning=PruneConfig(macs=arguments.macs),
+        pruning=PruneConfig(macs=arguments.macs, schedule="linear-ramp"),
         options=RunOptions(
             resume=arguments.resume,
             fingerprint={

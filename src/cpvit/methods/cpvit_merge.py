@@ -41,7 +41,7 @@ class CPViTMerge:
     cumulative = False
     merges = True
     halves = False
-    schedule = "constant"
+    schedule = "curve"
     proportional = True
 
     def observe(self, state: TokenState, evidence: Tensor, num_prefix: int) -> TokenState:

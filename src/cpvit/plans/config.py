@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 ScheduleName: TypeAlias = Literal[
-    "auto", "linear-ramp", "layer-aware", "constant", "constant-fraction", "stages"
+    "auto", "curve", "linear-ramp", "layer-aware", "constant", "constant-fraction", "stages"
 ]
 
 
@@ -42,8 +42,9 @@ class PruneConfig:
     head_mode: HeadMode = "slice"
     """"slice" cuts the weights; "mask" chooses per image (research: saves no time)."""
     schedule: ScheduleName = "auto"
-    """Spread over depth; "auto" is the method's own: for cpvit layer-aware with calibration images, else the
-    linear ramp; for the others that of their publication."""
+    """Spread over depth; "auto" is the method's own. For cpvit that is layer-aware with calibration images, else the
+    curve fitted for removal at a budget of MACs and the released ramp at a keep rate; for cpvit-merge the curve fitted
+    for merging; for the others that of their publication."""
     align: Align = "none"
     """Make the tokens in every block, prefix included, a multiple of this number, so that few different ones are
     left and the hardware likes them; "auto" measures which number is fastest on this machine for this model."""

@@ -17,6 +17,8 @@ from cpvit.plans.schedules import (
     aligned,
     constant,
     constant_fraction,
+    curve_of,
+    emptied_last,
     halved_at_most,
     kept,
     layer_aware,
@@ -66,9 +68,11 @@ def _multiple(config: PruneConfig) -> int:
 def _schedule_name(config: PruneConfig, method: Method, calibration: Calibration | None) -> str:
     """What "auto" stands for."""
     name = method.schedule if config.schedule == "auto" else config.schedule
-    if name == "auto":
-        return "layer-aware" if calibration else "linear-ramp"
-    return name
+    if name != "auto":
+        return name
+    if calibration is not None:
+        return "layer-aware"
+    return "linear-ramp" if config.macs is None else "curve"
 
 
 def _shape(host: Host, name: str, calibration: Calibration | None) -> tuple[float, ...]:
@@ -88,10 +92,11 @@ def _patches(
 ) -> tuple[int, ...]:
     if config.keep_per_block is not None:
         return _explicit(host, config.keep_per_block)
-    counts = _family(host, name, shape, costs.method)
     if config.macs is not None:
+        counts = _family(host, name, shape, costs.method, empty_last=host.discards_patches)
         return solve_macs(costs, counts, config.macs * dense, dense, multiple=_multiple(config))
     keep_rate = DEFAULT_KEEP_RATE if config.keep_rate is None else config.keep_rate
+    counts = _family(host, name, shape, costs.method, empty_last=False)
     found = solve_last(counts, max(1, round(keep_rate * host.num_patches)))
     return _aligned(host, found, _multiple(config), costs.method)
 
@@ -109,12 +114,16 @@ def _aligned(host: Host, counts: tuple[int, ...], multiple: int, method: Method)
 
 
 def _family(
-    host: Host, name: str, shape: Sequence[float], method: Method
+    host: Host, name: str, shape: Sequence[float], method: Method, *, empty_last: bool
 ) -> Callable[[float], tuple[int, ...]]:
-    """Schedules of one kind, by strength."""
+    """Schedules of one kind, by strength; the curve may let go what leaves the last block, where nothing reads it."""
+    curve = curve_of(method)
 
     def counts(strength: float) -> tuple[int, ...]:
-        if name == "constant-fraction":
+        if name == "curve":
+            found = curve.counts(host.num_patches, host.depth, strength)
+            found = emptied_last(found, host.num_patches, strength) if empty_last else found
+        elif name == "constant-fraction":
             found = constant_fraction(host.num_patches, host.depth, strength)
         elif name == "stages":
             found = stages(host.num_patches, host.depth, strength)

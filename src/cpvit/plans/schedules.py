@@ -15,8 +15,11 @@ Pure Python; no tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from math import ceil
+from math import ceil, exp
+
+from cpvit.core import Method
 
 RAMP_START = 7 / 18
 """First over last ratio of the released ramp: (1 - 5/12) / (1 + 6/12 ) = 7/18."""
@@ -42,6 +45,53 @@ def layer_aware(attention_range: Sequence[float]) -> tuple[float, ...]:
     by_range = [RAMP_START + (1 - RAMP_START) * (reach - low) / (spread or 1.0) for reach in attention_range]
     shape = [trust * reach + (1 - trust) * ramp for reach, ramp in zip(by_range, by_depth, strict=True)]
     return tuple(accumulate(shape, max))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A schedule that needs no images: patches left after a share t of the blocks are
+
+        1 / (1 + (strength * u) ** power),   u = (t - start) / (1 - start),   start = onset * exp(-strength / fade)
+
+    so nothing leaves before ``start``, half is left where strength * u is 1, and a harder budget begins earlier.
+    """
+
+    onset: float
+    """Share of the blocks before which nothing leaves, at gentle budgets."""
+    fade: float
+    """Strength at which the onset has fallen to a third."""
+    power: float
+    """How sharply patches leave once they do."""
+
+    def counts(self, num_patches: int, depth: int, strength: float) -> tuple[int, ...]:
+        """Patches that leave each block; strength 0 keeps all."""
+        start = self.onset * exp(-strength / self.fade)
+        reach = (max(0.0, (block + 1) / depth - start) / (1 - start) for block in range(depth))
+        left = (num_patches / (1 + (strength * share) ** self.power) for share in reach)
+        return tuple(accumulate((max(1, round(count)) for count in left), min))
+
+
+MERGING_CURVE = Curve(onset=0.35, fade=4.0, power=1.8)
+"""Of merging: fitted on DeiT-Tiny (docs/log.md)."""
+
+REMOVAL_CURVE = Curve(onset=0.0, fade=4.0, power=0.65)
+"""Of removal, which is best early; fitted on the same model."""
+
+
+def curve_of(method: Method) -> Curve:
+    """The curve that a method is best spread by."""
+    return MERGING_CURVE if method.merges else REMOVAL_CURVE
+
+
+EMPTY_AT = 0.05
+"""Strength from which the last block lets all patches go but one; up to there more and more, so that no budget is
+left out."""
+
+
+def emptied_last(counts: Sequence[int], num_patches: int, strength: float) -> tuple[int, ...]:
+    """The same with (nearly) no patch leaving the last block, where nothing reads them: its MLP is then free."""
+    left = round(num_patches * (1 - min(1.0, strength / EMPTY_AT)))
+    return (*counts[:-1], max(1, min(counts[-1], left)))
 
 
 def constant(depth: int) -> tuple[float, ...]:

@@ -93,7 +93,7 @@ def prune_host(
     before = installed(host)
     unprune_host(host)
     try:
-        plan, outputs = _resolve(host, config, calibration, verify=verify)
+        plan, outputs = _resolve(host, config, calibration, verify=verify, dense_features=dense_features)
         cascade = _cascade(
             host, plan, dense_features=dense_features, checkpointing=checkpointing, kernel=kernel
         )
@@ -110,13 +110,15 @@ def _resolve(
     calibration: Tensor | Iterable[Tensor] | Calibration | None,
     *,
     verify: bool,
+    dense_features: bool,
 ) -> tuple[Plan, tuple[HeadOutputs, ...] | None]:
     """The plan to apply, checked against an untouched model, and what its heads are corrected with."""
     if verify:
         check(host)
     statistics = _statistics(host, calibration, head_outputs=corrects_heads(config))
     if isinstance(config, PruneConfig):
-        config = make_plan(host, resolve_align(host, config, statistics), statistics)
+        reader = replace(host, discards_patches=host.discards_patches and not dense_features)
+        config = make_plan(reader, resolve_align(reader, config, statistics), statistics)
     check_plan(config, host)
     return config, None if statistics is None else statistics.head_outputs
 

@@ -1,0 +1,101 @@
+"""Evaluation, sweep and search by two processes: the figures of one, every image once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cpvit.commands.cli import main
+
+MODEL = ["--model", "vit_tiny_patch16_224", "--image-size", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, tiny_tar: Path) -> list[str]:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=12)
+    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(model.state_dict(), file)
+    return [*MODEL, "--checkpoint", str(file), "--data", str(tiny_tar), "--batch-size", "4"]
+
+
+def two_processes(arguments: list[str]) -> str:
+    """What ``torchrun`` prints for a command line of cpvit."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code = "from cpvit.commands.cli import entry_point; entry_point()"
+    script = Path(arguments[-1]).with_suffix(".py")
+    script.write_text(code)
+    done = subprocess.run([*run, str(script), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def record(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_an_evaluation_is_that_of_one_process(common: list[str], tmp_path: Path) -> None:
+    arguments = ["eval", *common, "--macs", "0.7", "--json"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    printed = two_processes([*arguments, str(tmp_path / "two.json")])
+    assert printed.count("12 images") == 1, "only the first process prints"
+    one, two = (record(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert two["images"] == one["images"] == 12
+    for side in ("dense", "pruned"):
+        assert two[side] == one[side]
+    assert two["agreement"] == one["agreement"]
+    assert two["kl"] == pytest.approx(one["kl"], rel=1e-4, abs=1e-9)
+
+
+def test_a_search_finds_the_plan_of_one_process(common: list[str], tmp_path: Path) -> None:
+    arguments = ["plan", *common, "--macs", "0.7", "--trials", "4", "--out"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    two_processes([*arguments, str(tmp_path / "two.json")])
+    assert record(tmp_path / "two.json") == record(tmp_path / "one.json")
+
+
+def test_two_stages_are_planned_and_evaluated(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = str(tmp_path / "pair.json"), tmp_path / "record.json"
+    assert main(["plan", *common, "--min-agreement", "0.9", "--escalate", "--out", plan]) == 0
+    printed = capsys.readouterr().out
+    assert "of the dense MACs" in printed
+    assert main(["eval", *common, "--plan", plan, "--json", str(out)]) == 0
+    found = record(out)
+    if "escalation" in record(Path(plan)):
+        assert 0 <= found["escalation"]["share"] <= 1
+        assert "of the images ran again (dense)" in capsys.readouterr().out
+        timed = [
+            "benchmark",
+            *MODEL,
+            "--batch-size",
+            "4",
+            "--seconds",
+            "0",
+            "--plan",
+            plan,
+            "--methods",
+            "tome",
+        ]
+        assert main([*timed, "--macs", "0.7"]) == 0
+        assert "plan (cpvit-merge)" in capsys.readouterr().out
+    else:
+        assert found["escalation"] is None
+
+
+def test_escalating_needs_an_agreement_to_hold(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "pair.json")
+    assert main(["plan", *common, "--macs", "0.6", "--escalate", "--out", out]) == 1
+    assert "--escalate goes with --min-agreement" in capsys.readouterr().err
