@@ -43,7 +43,7 @@ class ComparisonOptions:
     """Fractions of the dense MACs, separated by commas."""
     searched: str = ""
     """Methods whose schedule is searched for on the calibration images, separated by commas."""
-    trials: int = 120
+    trials: int = 40
     """Schedules to evaluate in each search."""
     plans: str = ""
     """Files written by ``cpvit plan``, separated by commas: rows and a line of their own."""

@@ -44,9 +44,14 @@ def logit_distance(dense: Predictions, pruned: Predictions) -> float:
     many images does, and needs far fewer images for it: KL comes from the few images that the dense model is
     unsure about, this from all images alike.
     """
+    return logit_distances(dense, pruned).mean().item()
+
+
+def logit_distances(dense: Predictions, pruned: Predictions) -> Tensor:
+    """:func:`logit_distance` of every image: [B], float64."""
     expected, got = (_centred(side.log_probs.double()) for side in (dense, pruned))
     lengths = (expected.square().sum(dim=1) + got.square().sum(dim=1)) / 2
-    return ((expected - got).square().sum(dim=1) / lengths.clamp_min(1e-12)).mean().item()
+    return (expected - got).square().sum(dim=1) / lengths.clamp_min(1e-12)
 
 
 def _centred(logits: Tensor) -> Tensor:

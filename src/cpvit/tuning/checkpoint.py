@@ -11,29 +11,29 @@ from cpvit.tuning.search import Counts
 
 
 class SearchCheckpoint:
-    """Objective of every schedule evaluated so far, on disk, so that an interrupted search can go on."""
+    """Distances under every schedule evaluated so far, on disk, so that an interrupted search can go on."""
 
     def __init__(self, path: Path | None, key: str) -> None:
         self.path = path
         self.key = key
-        self.known: dict[str, float] = {}
+        self.known: dict[str, list[float]] = {}
         if path is not None and path.is_file():
             self.known = self._read(path)
 
-    def _read(self, path: Path) -> dict[str, float]:
+    def _read(self, path: Path) -> dict[str, list[float]]:
         try:
             content = json.loads(path.read_text())
             return dict(content["known"]) if content["key"] == self.key else {}
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f"{path} is not the memory of a search; delete it to start anew") from None
 
-    def cached(self, objective: Callable[[Counts], float]) -> Callable[[Counts], float]:
+    def cached(self, distances: Callable[[Counts], list[float]]) -> Callable[[Counts], list[float]]:
         """The same function of a schedule, but what is known is not computed again."""
         return lambda counts: self.get_or_compute(
-            " ".join(str(count) for count in counts), lambda: objective(counts)
+            " ".join(str(count) for count in counts), lambda: distances(counts)
         )
 
-    def get_or_compute(self, name: str, compute: Callable[[], float]) -> float:
+    def get_or_compute(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
         """The value under a name; computed, and written down, if it is not known."""
         if name not in self.known:
             self.known[name] = compute()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from cpvit.adapters import Host
 from cpvit.machine.processes import Processes, gathered
-from cpvit.measure.metrics import Predictions, logit_distance
+from cpvit.measure.metrics import Predictions, logit_distances
 from cpvit.methods import method_named
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
@@ -110,15 +111,17 @@ class PlanEvaluator:
         )
         few = dataclasses.replace(self.dense, log_probs=self.dense.log_probs[:HEAD_IMAGES])
 
-        def alone(block: int, head: int) -> float:
+        def alone(block: int, head: int) -> list[float]:
             left = tuple(other for other in heads[block] if other != head)
             kept = (*heads[:block], left, *heads[block + 1 :])
             without = dataclasses.replace(whole, heads=tuple(kept))
-            return logit_distance(few, self.predict_under(without, images=HEAD_IMAGES))
+            return self.distances(without, few)
 
         losses = {
-            (block, head): checkpoint.get_or_compute(
-                f"without head {head} of block {block}", partial(alone, block, head)
+            (block, head): fmean(
+                checkpoint.get_or_compute(
+                    f"without head {head} of block {block}", partial(alone, block, head)
+                )
             )
             for block, count in enumerate(plan.num_heads)
             if count > 1
@@ -127,6 +130,14 @@ class PlanEvaluator:
         return dataclasses.replace(
             plan, heads=least_missed(losses, self.head_keep_rate), head_correction=True
         )
+
+    def distances(self, plan: Plan, dense: Predictions | None = None) -> list[float]:
+        """Distance of every image from the dense model under a plan; ``dense`` may hold the first images only."""
+        dense = self.dense if dense is None else dense
+        found: list[float] = logit_distances(
+            dense, self.predict_under(plan, images=len(dense.log_probs))
+        ).tolist()
+        return found
 
     def predict_under(self, plan: Plan, images: int | None = None) -> Predictions:
         """Predictions under a plan, on the first of the images or all."""

@@ -27,7 +27,7 @@ from cpvit.plans.config import Align, PruneConfig
 from cpvit.plans.costs import cost_model
 from cpvit.plans.plan import Plan
 from cpvit.plans.resolve import make_plan
-from cpvit.plans.schedules import aligned, constant
+from cpvit.plans.schedules import aligned, curve_of
 from cpvit.pruning.opening import open_restored
 from cpvit.tuning.evaluator import PlanEvaluator
 from cpvit.tuning.search import Budget, Counts, OnTrial
@@ -170,7 +170,8 @@ def _calibrated(host: Host, method: str, times: TimeModel, multiple: int, record
     """
     share = min(GENTLEST, 1 / record.wanted)
     for number in (1, 2, 3):
-        counts = Budget(times, share, times.dense, multiple=multiple).counts(constant(host.depth))
+        budget = Budget(times, share, times.dense, multiple=multiple, empty_last=host.discards_patches)
+        counts = budget.of_curve(curve_of(method_named(method)), host.depth)
         got = record.measure(_plan(host, method, counts, multiple), f"without a search, {number}")
         if record.wanted <= got.median <= CLOSE * record.wanted:
             break

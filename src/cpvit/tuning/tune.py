@@ -18,11 +18,11 @@ from cpvit.measure.metrics import agreement, kl_divergence, logit_distance
 from cpvit.plans.budget import BudgetError
 from cpvit.plans.costs import Costs, cost_model
 from cpvit.plans.plan import Plan
-from cpvit.plans.schedules import layer_aware
+from cpvit.plans.schedules import curve_of
 from cpvit.pruning.opening import open_restored
 from cpvit.tuning.checkpoint import SearchCheckpoint
 from cpvit.tuning.evaluator import PlanEvaluator
-from cpvit.tuning.search import Budget, Counts, OnTrial, SearchResult, search, starting_shapes
+from cpvit.tuning.search import Budget, Counts, OnTrial, SearchResult, search
 from cpvit.tuning.target import HeadChoice, Target, Tuned
 
 
@@ -37,7 +37,7 @@ class TuneOptions:
     head_choice: HeadChoice = "damage"
     """"damage" cuts the heads whose loss costs least, each evaluated alone, and corrects the projections (see
     :mod:`cpvit.pruning.heads`); "cascade" is the paper's cumulative score, with this fraction left at the end."""
-    trials: int = 120
+    trials: int = 40
     """Schedules to evaluate at each MACs budget."""
     seed: int = 0
     """Of the search."""
@@ -117,7 +117,7 @@ def _key(evaluator: PlanEvaluator, target: Target, options: TuneOptions) -> str:
     digest = hashlib.sha256(evaluator.images.cpu().numpy().tobytes())
     digest.update(evaluator.dense.log_probs.numpy().tobytes())
     settings = dataclasses.asdict(dataclasses.replace(options, trials=0))
-    question = ("logit distance", evaluator.host.name, settings, dataclasses.asdict(target))
+    question = ("logit distance by image", evaluator.host.name, settings, dataclasses.asdict(target))
     return f"{digest.hexdigest()[:16]} {question}"
 
 
@@ -139,14 +139,14 @@ class _Run:
         costs = cost_model(evaluator.host, heads, method=evaluator.method)
         dense = cost_model(evaluator.host).dense
 
-        def objective(counts: Counts) -> float:
-            candidate = dataclasses.replace(plan, patches_per_block=counts)
-            return logit_distance(evaluator.dense, evaluator.predict_under(candidate))
+        def distances(counts: Counts) -> list[float]:
+            return evaluator.distances(dataclasses.replace(plan, patches_per_block=counts))
 
         found = search(
             self._budget(macs, costs, dense),
-            self.checkpoint.cached(objective),
-            starts=starting_shapes(evaluator.host.depth, layer_aware(evaluator.calibration.attention_range)),
+            self.checkpoint.cached(distances),
+            curve=curve_of(evaluator.method),
+            depth=evaluator.host.depth,
             trials=self.options.trials,
             seed=self.options.seed,
             on_trial=self.on_trial,
@@ -160,9 +160,10 @@ class _Run:
 
     def _budget(self, share: float, macs: Costs, dense: float) -> Budget:
         """A share of the dense MACs, or of what the given costs count."""
+        empty, multiple = self.evaluator.host.discards_patches, self.options.multiple
         if self.costs is None:
-            return Budget(macs, share, dense, multiple=self.options.multiple)
-        return Budget(self.costs, share, self.costs.dense, multiple=self.options.multiple)
+            return Budget(macs, share, dense, multiple=multiple, empty_last=empty)
+        return Budget(self.costs, share, self.costs.dense, multiple=multiple, empty_last=empty)
 
     def _tuned(self, plan: Plan, found: SearchResult) -> Tuned:
         dense, pruned = self.evaluator.dense, self.evaluator.predict_under(plan)
