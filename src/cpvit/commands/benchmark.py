@@ -37,6 +37,7 @@ from cpvit.measure.benchmark import BenchmarkOptions, benchmark, compare
 from cpvit.measure.timings import Comparison
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation, load_plan
 from cpvit.plans.plan import Plan
 
 BY_DEFAULT = BenchmarkOptions()
@@ -132,7 +133,7 @@ class _Todo:
         )
 
 
-def _alone(todo: _Todo, config: PruneConfig | Plan, json: Path | None) -> None:
+def _alone(todo: _Todo, config: PruneConfig | Plan | Escalation, json: Path | None) -> None:
     network, statistics = todo.build(todo.model)
     with progress_bar() as bar:
         task = bar.add_task("benchmark", total=100)
@@ -160,21 +161,23 @@ class _Setting(NamedTuple):
 
 def _configs(
     pruning: PruneConfig, methods: tuple[str, ...], plan: Path | None
-) -> dict[str, PruneConfig | Plan]:
+) -> dict[str, PruneConfig | Plan | Escalation]:
     """What to prune, by the name of its row."""
     if not methods:
         config = planned(pruning, plan, default=FOR_SPEED)
-        return {config.method if plan is None else f"plan ({config.method})": config}
+        method = config.light.method if isinstance(config, Escalation) else config.method
+        return {method if plan is None else f"plan ({method})": config}
     if pruning.method != FOR_SPEED.method:
         raise ValueError(
             f"give --method or --methods, not both (got {pruning.method} and {','.join(methods)})"
         )
-    configs: dict[str, PruneConfig | Plan] = {
+    configs: dict[str, PruneConfig | Plan | Escalation] = {
         method: dataclasses.replace(pruning, method=method) for method in methods
     }
     if plan is not None:
-        loaded = Plan.load(plan)
-        configs[f"plan ({loaded.method})"] = loaded
+        loaded = load_plan(plan)
+        method = loaded.light.method if isinstance(loaded, Escalation) else loaded.method
+        configs[f"plan ({method})"] = loaded
     return configs
 
 
@@ -193,7 +196,10 @@ def _settings(model: ModelOptions, timing: BenchmarkOptions, matrix: BenchmarkMa
 
 
 def _several(
-    todo: _Todo, configs: dict[str, PruneConfig | Plan], settings: list[_Setting], json: Path | None
+    todo: _Todo,
+    configs: dict[str, PruneConfig | Plan | Escalation],
+    settings: list[_Setting],
+    json: Path | None,
 ) -> None:
     results: list[Comparison] = []
     failed: list[str] = []
@@ -212,7 +218,7 @@ def _several(
         raise ValueError(f"{len(failed)} of {len(configs) * len(settings)} runs failed: {'; '.join(failed)}")
 
 
-def _one(todo: _Todo, configs: dict[str, PruneConfig | Plan], setting: _Setting) -> Comparison:
+def _one(todo: _Todo, configs: dict[str, PruneConfig | Plan | Escalation], setting: _Setting) -> Comparison:
     network, statistics = todo.build(setting.options)
     with progress_bar() as bar:
         task = bar.add_task(str(setting), total=100)

@@ -22,6 +22,7 @@ from cpvit.machine.device import choose_device, choose_dtype
 from cpvit.machine.processes import Processes, start_processes
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation, load_plan
 from cpvit.plans.plan import Plan
 from cpvit.pruning.calibrate import calibrate
 from cpvit.weights.create import create_model
@@ -261,8 +262,10 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         raise ValueError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
-def heads_need_images(config: PruneConfig | Plan) -> bool:
+def heads_need_images(config: PruneConfig | Plan | Escalation) -> bool:
     """Whether heads are to be chosen, or made up for, on calibration images."""
+    if isinstance(config, Escalation):
+        return False
     if isinstance(config, Plan):
         return config.head_correction
     return config.head_keep_rate < 1 and config.head_mode == "slice"
@@ -270,8 +273,9 @@ def heads_need_images(config: PruneConfig | Plan) -> bool:
 
 def planned(
     pruning: PruneConfig, plan: Path | None, *, default: PruneConfig | None = None
-) -> PruneConfig | Plan:
-    """The plan of a file if one is given, else the configuration; ``default`` is what it is if nothing is said.
+) -> PruneConfig | Plan | Escalation:
+    """The plan (or two) of a file if one is given, else the configuration; ``default`` is what that is
+    if nothing is said.
 
     Raises:
         ValueError: Both are given, or the file is not a plan.
@@ -282,4 +286,4 @@ def planned(
         raise ValueError(
             "--plan holds the method and every count; leave out --method, --macs, --keep-rate and the like"
         )
-    return Plan.load(plan)
+    return load_plan(plan)

@@ -50,6 +50,7 @@ from cpvit.finetune.progress import ProgressBar
 from cpvit.finetune.tensorboard import TensorBoard
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation
 from cpvit.plans.plan import Plan
 from cpvit.plans.resolve import make_plan
 from cpvit.pruning.calibrate import calibrate_host
@@ -108,7 +109,10 @@ def run(
 def _wanted(pruning: PruneConfig, output: OutputOptions) -> PruneConfig | Plan | None:
     """What to prune, as asked for."""
     if not output.dense:
-        return planned(pruning, output.plan)
+        wanted = planned(pruning, output.plan)
+        if isinstance(wanted, Escalation):
+            raise ValueError(f"{output.plan} holds two plans, and one model is trained; give one plan")
+        return wanted
     if output.plan is not None or pruning != PruneConfig():
         raise ValueError(
             "--dense prunes nothing; leave out --plan, --method, --macs, --keep-rate and the like"

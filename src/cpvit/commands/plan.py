@@ -28,7 +28,9 @@ from cpvit.machine.align import best_align
 from cpvit.machine.files import write_atomically
 from cpvit.machine.processes import Processes
 from cpvit.plans.config import Align, PruneConfig
+from cpvit.plans.plan import Plan
 from cpvit.pruning.opening import open_restored
+from cpvit.tuning.escalate import TunedEscalation, tune_escalation
 from cpvit.tuning.speedup import SpeedTuned, SpeedupOptions, tune_speedup
 from cpvit.tuning.target import HeadChoice, Target, Tuned
 from cpvit.tuning.tune import TuneOptions, tune
@@ -46,12 +48,15 @@ class PlanOptions:
     """Fraction of the heads left."""
     head_choice: HeadChoice = "damage"
     """Cut the heads whose loss costs least and correct the projections (damage), or the paper's (cascade)."""
-    align: Align = "auto"
-    """Make the tokens in every block a multiple of this number; auto measures which is fastest here."""
-    trials: int = 120
+    align: Align | None = None
+    """Make the tokens in every block a multiple of this number; auto measures which is fastest here, and is what
+    --speedup does unless told otherwise."""
+    trials: int = 40
     """Schedules to evaluate at each budget."""
     seconds: float = 10.0
     """How long to measure a plan for --speedup each time."""
+    escalate: bool = False
+    """With --min-agreement: a hard plan for all images and a second stage, gentler or dense, for the unsure ones."""
 
 
 def run(
@@ -77,6 +82,9 @@ def run(
     with joined(model) as processes:
         network = build_model(model, data=data.data)
         images, labels = _images(network, data, preprocessing, labelled=target.max_drop is not None)
+        if options.escalate:
+            _escalate(network, images, target, options, out, json, processes)
+            return
         checkpoint = out.with_name(out.name + ".search")
         request = _Request(target, options, data.batch_size, data.seed, checkpoint, processes)
         try:
@@ -112,6 +120,51 @@ class _Request:
         )
 
 
+def _escalate(
+    network: Any,
+    images: torch.Tensor,
+    target: Target,
+    options: PlanOptions,
+    out: Path,
+    json: Path | None,
+    processes: Processes | None,
+) -> None:
+    if target.min_agreement is None:
+        raise ValueError(
+            "--escalate goes with --min-agreement: the share of images that must be answered alike"
+        )
+    found = tune_escalation(network, images, target.min_agreement, method=options.method, processes=processes)
+    if is_first(processes):
+        write_atomically(out, found.found.to_json())
+    print(_escalation_text(found, target.min_agreement))
+    say(f"plan: {out}")
+    write_record(found, json, processes)
+
+
+def _escalation_text(found: TunedEscalation, wanted: float) -> str:
+    alone = (
+        "none tried"
+        if found.static_macs_ratio is None
+        else f"{100 * found.static_macs_ratio:.1f}% of the MACs"
+    )
+    judged = (
+        f"on calibration images it was not fitted on: agreement {found.agreement:.4f} ({wanted:g} wanted)"
+    )
+    if isinstance(found.found, Plan):
+        return (
+            f"one plan is cheaper than two stages here: {100 * found.macs_ratio:.2f}% of the dense MACs, agreement "
+            f"{found.agreement:.4f} ({wanted:g} wanted)\n{plan_text(found.found)}"
+        )
+    pair = found.found
+    second = "the dense model" if pair.second is None else f"a plan of {100 * pair.second.macs_ratio:.1f}%"
+    return (
+        f"two stages: {100 * pair.light.macs_ratio:.1f}% of the MACs for all images, {second} again for the "
+        f"{100 * found.share:.1f}% whose two largest probabilities are closer than {pair.margin:.3f}\n"
+        f"mean {100 * found.macs_ratio:.2f}% of the dense MACs; {judged}; cheapest single plan: {alone}\n"
+        f"{plan_text(pair.light)}"
+    )
+
+
 def _images(network: Any, data: DataOptions, preprocessing: PreprocessingOptions, *, labelled: bool) -> Any:
     source = open_source(data)
     loader = make_loader(
@@ -141,7 +194,7 @@ def _search(
         if target.speedup is not None:
             if request.processes is not None:
                 raise ValueError("--speedup is measured in one process; start it without torchrun")
-            timing = SpeedupOptions(request.batch_size, options.align, seconds=options.seconds)
+            timing = SpeedupOptions(request.batch_size, options.align or "auto", seconds=options.seconds)
             return tune_speedup(
                 network, images, target.speedup, request.search(), timing, on_trial=show, on_message=say
             )

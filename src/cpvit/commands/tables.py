@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpvit.finetune import FinetuneResult
-from cpvit.measure.evaluate import EvalResult
+from cpvit.measure.evaluate import EscalationResult, EvalResult
 from cpvit.measure.timings import BenchmarkResult, Comparison, Timing
 from cpvit.plans.plan import Plan
 
@@ -42,9 +42,20 @@ def eval_text(result: EvalResult) -> str:
         f"KL {result.kl:.4f} nats, MACs {100 * result.macs_ratio:.2f}% of dense",
         plan_text(result.plan),
     ]
+    if result.escalation is not None:
+        lines.append(escalation_text(result.escalation))
     if result.images_skipped:
         lines.append(f"skipped {result.images_skipped} unreadable images: {', '.join(result.skipped)}")
     return "\n".join(lines)
+
+
+def escalation_text(result: EscalationResult) -> str:
+    """Which images ran again, and under what."""
+    again = "dense" if result.second is None else f"{100 * result.second.macs_ratio:.1f}% of the MACs"
+    return (
+        f"{100 * result.share:.1f}% of the images ran again ({again}): their two largest probabilities were closer "
+        f"than {result.margin:.3f}"
+    )
 
 
 def plan_text(plan: Plan) -> str:

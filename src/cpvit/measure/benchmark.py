@@ -28,8 +28,10 @@ from cpvit.measure.memory import peak_memory_mib, process_peak_mib
 from cpvit.measure.timings import BenchmarkResult, Comparison, Row, Timing, Unfit, speedup_by_round, summarize
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation
 from cpvit.plans.macs import host_macs
 from cpvit.plans.plan import Plan
+from cpvit.pruning.escalation import EscalatingModel, ForcedShare, escalate_host, mean_macs
 from cpvit.pruning.opening import open_restored
 from cpvit.pruning.prune import prune_host
 
@@ -50,7 +52,7 @@ class BenchmarkOptions:
 
 def benchmark(
     model: nn.Module,
-    config: PruneConfig | Plan | None = None,
+    config: PruneConfig | Plan | Escalation | None = None,
     options: BenchmarkOptions | None = None,
     *,
     batches: Batches | None = None,
@@ -100,7 +102,7 @@ def benchmark(
 
 def compare(
     model: nn.Module,
-    configs: Mapping[str, PruneConfig | Plan],
+    configs: Mapping[str, PruneConfig | Plan | Escalation],
     options: BenchmarkOptions | None = None,
     *,
     batches: Batches | None = None,
@@ -135,6 +137,8 @@ class _Pruned(NamedTuple):
     name: str
     host: Host
     plan: Plan
+    macs: int
+    """Of one image; the mean where only some images run again."""
 
 
 class _Stage:
@@ -151,9 +155,15 @@ class _Stage:
             check_devices(self.dense.model, self.images)
 
     def prune(
-        self, name: str, config: PruneConfig | Plan, calibration: Calibration | None, on_message: OnMessage
+        self,
+        name: str,
+        config: PruneConfig | Plan | Escalation,
+        calibration: Calibration | None,
+        on_message: OnMessage,
     ) -> _Pruned:
         """A pruned copy that shares the dense model's weights, but for heads that are cut out of them."""
+        if isinstance(config, Escalation):
+            return self._escalating(name, config)
         if isinstance(config, PruneConfig):
             config = resolve_align(
                 self.dense, config, calibration, batch_size=len(self.images), on_message=on_message
@@ -163,7 +173,15 @@ class _Stage:
         dense = self.dense.model
         shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
         pruned = copy.deepcopy(self.dense, shared)
-        return _Pruned(name, pruned, prune_host(pruned, config, calibration=calibration))
+        plan = prune_host(pruned, config, calibration=calibration)
+        return _Pruned(name, pruned, plan, host_macs(pruned))
+
+    def _escalating(self, name: str, config: Escalation) -> _Pruned:
+        """On noise the share that ran again on the calibration images is forced: a model is never sure of noise."""
+        kind = ForcedShare if self.batches is None else EscalatingModel
+        model = escalate_host(self.dense, config, kind=kind)
+        macs = round(mean_macs(self.dense, config, config.share) * host_macs(self.dense))
+        return _Pruned(name, model.host, config.light, macs)
 
     def time(self, pruned: Sequence[_Pruned], progress: Callable[[float], None]) -> Comparison:
         """The dense model and all of these in turn."""
@@ -171,7 +189,7 @@ class _Stage:
         times = interleave(
             [self._run(host.model) for host in hosts], self.images.device, self.options.seconds, progress
         )
-        dense = self._timing(self.dense, times[0])
+        dense = self._timing(self.dense, host_macs(self.dense), times[0])
         rows = tuple(
             self._row(entry, dense, times[0], own) for entry, own in zip(pruned, times[1:], strict=True)
         )
@@ -199,14 +217,14 @@ class _Stage:
     def _row(
         self, entry: _Pruned, dense: Timing, dense_seconds: Sequence[float], seconds: Sequence[float]
     ) -> Row:
-        timing = self._timing(entry.host, seconds)
+        timing = self._timing(entry.host, entry.macs, seconds)
         speedup = speedup_by_round(dense_seconds, seconds)
         ratio = timing.macs / dense.macs
         return Row(
             entry.name, timing, speedup, ratio, speedup.median * ratio, speedup.verdict, plan=entry.plan
         )
 
-    def _timing(self, host: Host, seconds: Sequence[float]) -> Timing:
+    def _timing(self, host: Host, macs: int, seconds: Sequence[float]) -> Timing:
         """A run over real images is several batches; the latency is that of one."""
         batches = 1 if self.batches is None else len(self.batches)
         images = (
@@ -216,5 +234,5 @@ class _Stage:
             images_per_s=images / median(seconds),
             latency_ms=summarize([spent / batches for spent in seconds]),
             peak_memory_mib=peak_memory_mib(host.model, self.images),
-            macs=host_macs(host),
+            macs=macs,
         )

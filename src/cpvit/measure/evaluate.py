@@ -15,8 +15,10 @@ from cpvit.machine.processes import Processes, gathered
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation
 from cpvit.plans.macs import host_macs
 from cpvit.plans.plan import Plan
+from cpvit.pruning.escalation import escalate_host, mean_macs
 from cpvit.pruning.opening import open_restored, unprune_host
 from cpvit.pruning.prune import prune_host
 
@@ -53,6 +55,17 @@ class PrunedResult(DenseResult):
 
 
 @dataclass(frozen=True)
+class EscalationResult:
+    """Two stages on the evaluated images; their mean MACs are those of ``PrunedResult``."""
+
+    margin: float
+    share: float
+    """Of the images that ran again."""
+    second: Plan | None
+    """None is the dense model."""
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """One run of :func:`evaluate`."""
 
@@ -70,12 +83,14 @@ class EvalResult:
     """Names of the images that could not be read."""
     plan: Plan
     environment: Environment
+    escalation: EscalationResult | None = None
+    """How many images ran again, where two plans were applied; ``plan`` is then that of the first stage."""
 
 
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    config: PruneConfig | Plan | None = None,
+    config: PruneConfig | Plan | Escalation | None = None,
     *,
     calibration: Calibration | None = None,
     seed: int = 0,
@@ -87,7 +102,7 @@ def evaluate(
     Args:
         model: An untouched model on its device and in its dtype.
         batches: Labelled images.
-        config: What to prune; default: the paper's method, half of the patches left.
+        config: What to prune, or two plans to escalate between; default: the paper's method, half of the patches left.
         calibration: From ``calibrate``; makes the schedule layer-aware and lets heads be cut.
         seed: Only recorded.
         progress: Shows how far each pass is.
@@ -99,6 +114,8 @@ def evaluate(
     host = open_restored(model)
     dense = predict(host, batches, title="dense", progress=progress, processes=processes)
     dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
+    if isinstance(config, Escalation):
+        return _evaluate_escalation(host, batches, config, dense, dense_result, seed, progress, processes)
     plan = prune_host(host, PruneConfig() if config is None else config, calibration=calibration)
     try:
         pruned = predict(host, batches, title="pruned", progress=progress, processes=processes)
@@ -125,6 +142,47 @@ def evaluate(
         skipped=tuple(skipped),
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
+    )
+
+
+def _evaluate_escalation(
+    host: Host,
+    batches: Batches,
+    config: Escalation,
+    dense: Predictions,
+    dense_result: DenseResult,
+    seed: int,
+    progress: Progress,
+    processes: Processes | None,
+) -> EvalResult:
+    """Two stages on the same images; MACs are the mean of what the images really cost."""
+    model = escalate_host(host, config)
+    again: list[int] = []
+    model.second_model.register_forward_pre_hook(lambda _, args: again.append(len(args[0])))
+    pruned = predict(model.host, batches, title="two stages", progress=progress, processes=processes)
+    share = sum(gathered(again, processes)) / len(pruned.log_probs)
+    macs = round(mean_macs(host, config, share) * dense_result.macs)
+    skipped = gathered(list(batches.skipped), processes)
+    return EvalResult(
+        model=config.light.model,
+        dense=dense_result,
+        pruned=PrunedResult(
+            top1=pruned.top(1),
+            top5=pruned.top(5),
+            macs=macs,
+            params=dense_result.params,
+            tokens_per_block=config.light.tokens_per_block,
+            heads_per_block=config.light.heads_per_block,
+        ),
+        macs_ratio=macs / dense_result.macs,
+        agreement=agreement(dense, pruned),
+        kl=kl_divergence(dense, pruned),
+        images=len(dense.log_probs),
+        images_skipped=len(skipped),
+        skipped=tuple(skipped),
+        plan=config.light,
+        environment=describe_environment(host.device, host.dtype, seed),
+        escalation=EscalationResult(config.margin, share, config.second),
     )
 
 

@@ -72,7 +72,7 @@ class Plan:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"not a plan: {error}") from None
-        return cls(**_checked_fields(values))
+        return plan_from_values(values)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -85,6 +85,15 @@ class Plan:
             return cls.from_json(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the plan {path}: {error}") from None
+
+
+def plan_from_values(values: object) -> Plan:
+    """The plan that :meth:`Plan.to_json` wrote, from what JSON makes of it.
+
+    Raises:
+        ValueError: Not a plan, or one of a later version.
+    """
+    return Plan(**_checked_fields(values))
 
 
 def _checked_fields(values: object) -> dict[str, Any]:

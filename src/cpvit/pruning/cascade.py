@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,6 +72,32 @@ class Cascade:
         return [_Step(run, number) for number in range(len(self.steps))]
 
 
+class SharedBlocks:
+    """Leading blocks that two forward passes have in common: the first keeps their tokens, the second starts there."""
+
+    def __init__(self, count: int, tokens: Tensor | None = None) -> None:
+        self.count = count
+        self.tokens = tokens
+        """[B P+N0 C] leaving the last of them; None until they have run."""
+
+    def of(self, images: Tensor) -> SharedBlocks:
+        """The same for some of the images [b], if the blocks have run."""
+        return SharedBlocks(self.count, None if self.tokens is None else self.tokens[images])
+
+
+_SHARED: ContextVar[SharedBlocks | None] = ContextVar("_SHARED", default=None)
+
+
+@contextmanager
+def sharing(shared: SharedBlocks) -> Iterator[None]:
+    """Forward passes inside keep, or start from, the tokens of the shared blocks; compiled ones run all blocks."""
+    token = _SHARED.set(shared)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 class _Run:
     """One forward pass: the only place where its state is kept."""
 
@@ -78,6 +105,8 @@ class _Run:
         self.cascade = cascade
         self.state: TokenState | None = None
         self.next_block = 0
+        self.shared = None if torch.compiler.is_compiling() else _SHARED.get()
+        self.first_block = 0 if self.shared is None or self.shared.tokens is None else self.shared.count
 
     def step(self, number: int, x: Tensor, extra: dict[str, object]) -> Tensor:
         if number != self.next_block:
@@ -86,12 +115,22 @@ class _Run:
                 "blocks share one cascade per forward pass and cannot be repeated, skipped or checkpointed alone"
             )
         self.next_block += 1
+        if number < self.first_block:
+            return x
+        if self.shared is not None and number == self.shared.count:
+            x = self._at_the_fork(x, self.shared)
         cascade = self.cascade
         state = self._start(x, extra) if self.state is None else self.state
         x, self.state, probs = self._run_block(number, x, state, extra)
         for hook in cascade.hooks:
             hook.see(BlockOutput(number, x, self.state, probs))
         return self._finish(x, self.state) if self.next_block == len(cascade.steps) else x
+
+    def _at_the_fork(self, x: Tensor, shared: SharedBlocks) -> Tensor:
+        """The tokens entering the first block that is not shared: keep them, or take the kept ones."""
+        if shared.tokens is None:
+            shared.tokens = x
+        return shared.tokens
 
     def _run_block(
         self, number: int, x: Tensor, state: TokenState, extra: dict[str, object]
