@@ -6,9 +6,11 @@ from cpvit import _moved
 from cpvit.adapters import UnsupportedModelError
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation, load_plan
 from cpvit.plans.plan import Plan
 from cpvit.pruning.calibrate import calibrate
 from cpvit.pruning.cascade import PruningBypassError
+from cpvit.pruning.escalation import escalate
 from cpvit.pruning.prune import plan_of, prune_, unprune_
 from cpvit.pruning.record import Trace, record
 from cpvit.pruning.verify import VerificationError, verify
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Escalation",
     "Plan",
     "PruneConfig",
     "PruningBypassError",
@@ -27,6 +30,8 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "calibrate",
+    "escalate",
+    "load_plan",
     "load_pruned",
     "plan_of",
     "prune_",

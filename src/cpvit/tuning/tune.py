@@ -132,8 +132,8 @@ class _Run:
     on_trial: OnTrial
     costs: Costs | None = None
 
-    def at(self, macs: float) -> Tuned:
-        """The best plan found for this budget."""
+    def at(self, macs: float, trials: int | None = None) -> Tuned:
+        """The best plan found for this budget; with one trial that is the curve's."""
         evaluator, plan = self.evaluator, self.plan
         heads = None if plan.heads is None else [len(kept) for kept in plan.heads]
         costs = cost_model(evaluator.host, heads, method=evaluator.method)
@@ -147,7 +147,7 @@ class _Run:
             self.checkpoint.cached(distances),
             curve=curve_of(evaluator.method),
             depth=evaluator.host.depth,
-            trials=self.options.trials,
+            trials=self.options.trials if trials is None else trials,
             seed=self.options.seed,
             on_trial=self.on_trial,
         )
@@ -180,14 +180,14 @@ class _Run:
         )
 
 
-def _cheapest(run: _Run, target: Target, *, steps: int = 5) -> Tuned:
-    """Bisect over the MACs for the cheapest plan that holds the target.
+def _cheapest(run: _Run, target: Target, *, steps: int = 7) -> Tuned:
+    """Bisect over the MACs for the cheapest curve that holds the target, then search at that budget.
 
     Raises:
         ValueError: Not even the gentlest budget tried (97% of the MACs) holds it.
     """
     low, high = 0.3, 0.97
-    best = run.at(high)
+    best = run.at(high, trials=1)
     if not _holds(best, target):
         raise ValueError(f"the target cannot be held on these images: {_missed(best, target)} at macs={high}")
     for _ in range(steps):
@@ -197,13 +197,14 @@ def _cheapest(run: _Run, target: Target, *, steps: int = 5) -> Tuned:
             best, high = tuned, middle
         else:
             low = middle
-    return best
+    searched = run.at(high)
+    return searched if _holds(searched, target) else best
 
 
 def _try(run: _Run, macs: float) -> Tuned | None:
-    """The best plan for a budget; None if the model cannot spend so little."""
+    """The curve's plan for a budget; None if the model cannot spend so little."""
     try:
-        return run.at(macs)
+        return run.at(macs, trials=1)
     except BudgetError:
         return None
 
