@@ -147,7 +147,7 @@ def _escalation_text(found: TunedEscalation, wanted: float) -> str:
         if found.static_macs_ratio is None
         else f"{100 * found.static_macs_ratio:.1f}% of the MACs"
     )
-    judged = (
+    held_out = (
         f"on calibration images it was not fitted on: agreement {found.agreement:.4f} ({wanted:g} wanted)"
     )
     if isinstance(found.found, Plan):
@@ -160,7 +160,7 @@ def _escalation_text(found: TunedEscalation, wanted: float) -> str:
     return (
         f"two stages: {100 * pair.light.macs_ratio:.1f}% of the MACs for all images, {second} again for the "
         f"{100 * found.share:.1f}% whose two largest probabilities are closer than {pair.margin:.3f}\n"
-        f"mean {100 * found.macs_ratio:.2f}% of the dense MACs; {judged}; cheapest single plan: {alone}\n"
+        f"mean {100 * found.macs_ratio:.2f}% of the dense MACs; {held_out}; cheapest single plan: {alone}\n"
         f"{plan_text(pair.light)}"
     )
 

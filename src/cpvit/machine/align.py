@@ -67,7 +67,7 @@ def best_align(
         config: What is asked for; its ``align`` is ignored.
         calibration: As for :func:`make_plan`.
         batch_size: Images per forward to choose for.
-        on_message: Told before something is measured, which takes some seconds.
+        on_message: Called before something is measured, which takes some seconds.
 
     Raises:
         ValueError: The configuration does not fit the model, whatever the multiple.

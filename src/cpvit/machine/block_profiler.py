@@ -43,7 +43,7 @@ class BlockProfiler:
         host: The model; it is run, and left as it is.
         method: What scores and removes.
         batch_size: Images per forward.
-        on_message: Told before something is measured.
+        on_message: Called before something is measured.
         timer: Times runs.
     """
 

@@ -14,7 +14,7 @@ Run: TypeAlias = Callable[[], object]
 Timer: TypeAlias = Callable[[Sequence[Run], torch.device], list[float]]
 """Seconds of each run."""
 OnMessage: TypeAlias = Callable[[str], None]
-"""Told in a sentence what is done next."""
+"""Called with a sentence about what is done next."""
 
 MIN_ROUNDS = 7
 BLOCK_ROUNDS = 6

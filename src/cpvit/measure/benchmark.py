@@ -70,7 +70,7 @@ def benchmark(
             preprocessing and forward. By default the forward alone, on random images that lie on the device.
         calibration: For a layer-aware schedule or cut heads.
         progress: Called with the share done, 0 to 1.
-        on_message: Told when something has to be measured first.
+        on_message: Called when something has to be measured first.
 
     Raises:
         ValueError: The configuration does not fit the model, or a batch size below 1.

@@ -113,7 +113,7 @@ def _stage(evaluator: PlanEvaluator, macs: float) -> Stage:
 
 
 def _pairs(host: Host, stages: Sequence[Stage], min_agreement: float) -> list[TunedEscalation]:
-    """Every stage with its margin; judged on each half of the images by the margin of the other."""
+    """Every stage with its margin; validated on each half of the images with the margin of the other."""
     everything = slice(None)
     margins = margins_for(stages, everything, min_agreement)
     halves = (slice(0, None, 2), slice(1, None, 2))

@@ -6,7 +6,7 @@ schedule that needs no images (:class:`cpvit.plans.schedules.Curve`) and moves
 1. the few numbers of that curve, then
 2. removal from block to block, in steps that get finer.
 
-A hundred images cannot tell a dozen free numbers apart: what a schedule gains on them is partly their noise. So a move
+A hundred images cannot determine a dozen free numbers: what a schedule gains on them is partly their noise. So a move
 is made only if the difference, image by image, is larger than its standard error; a move of single blocks must also
 hold on both halves of the images, of which one alone would have proposed it.
 
@@ -33,7 +33,7 @@ Shape: TypeAlias = tuple[float, ...]
 Distances: TypeAlias = Sequence[float]
 """Of every image from the dense model's output."""
 OnTrial: TypeAlias = Callable[[int, float], None]
-"""Told the number of schedules evaluated and the least mean distance so far."""
+"""Called with the number of schedules evaluated and the least mean distance so far."""
 
 STANDARD_ERRORS = 1.0
 """By how many standard errors a move must be better to be made."""

@@ -96,7 +96,7 @@ def tune_speedup(
         options: How to search; its multiple is chosen by ``timing.align``.
         timing: How to measure.
         on_trial: Called with the number of schedules evaluated and the least logit distance so far.
-        on_message: Told what is done.
+        on_message: Called with what is done.
         measure: Measures a plan; by default :func:`cpvit.measure.benchmark.benchmark`, median of the rounds.
 
     Raises:
