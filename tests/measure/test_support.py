@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cpvit.commands.support as command
-from cpvit import prune_
+from cpvit import PruneConfig, prune_
 from cpvit.adapters import open_host
 from cpvit.commands.cli import main
 from cpvit.measure import support
@@ -201,3 +201,21 @@ def test_a_pattern_that_matches_nothing_lists_the_families(capsys: pytest.Captur
 
 def test_a_family_is_a_pattern_too() -> None:
     assert {case.family for case in command._matching("DeiT-III")} == {"DeiT-III"}
+
+
+@pytest.mark.parametrize("case", representatives(), ids=case_id)
+def test_what_leaves_the_last_block_is_free_only_where_nothing_reads_it(case: Case) -> None:
+    """A model that says so must answer alike however many patches leave its last block."""
+    if case.needs_transformers:
+        pytest.importorskip("transformers")
+    host = open_host(small_model(case))
+    images = random_images(host, 2)
+    outputs = []
+    for last in (1, host.num_patches // 2):
+        counts = (host.num_patches, *[host.num_patches // 2] * (host.depth - 2), last)
+        prune_(host.model, PruneConfig(method="cpvit-merge", keep_per_block=counts), verify=False)
+        outputs.append(support.run(host, images))
+    alike = outputs[0].shape == outputs[1].shape and torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
+    assert alike or not host.discards_patches
+    if host.pools_patches:
+        assert not host.discards_patches

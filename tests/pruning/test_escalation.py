@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,3 +185,10 @@ def test_two_plans_must_be_for_one_model() -> None:
     plan, other = plan_of_counts(tiny_vit()), plan_of_counts(tiny_vit("registers"))
     with pytest.raises(ValueError, match="both plans must be for one model"):
         Escalation(plan, other, 0.5)
+
+
+def test_projections_that_need_calibration_images_are_not_left_out_silently() -> None:
+    model = tiny_vit()
+    plan = dataclasses.replace(plan_of_counts(model), heads=((0, 1, 2),) * 3, head_correction=True)
+    with pytest.raises(ValueError, match=r"corrects the projections .* which needs calibration images"):
+        escalate(model, Escalation(plan, None, 0.5))

@@ -23,7 +23,9 @@ from cpvit import (
     prune_,
     record,
     unprune_,
+    verify,
 )
+from cpvit.plans.macs import count_macs
 
 PRUNING = PruneConfig(keep_per_block=(30, 20, 9))
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -444,3 +446,15 @@ def test_a_configuration_that_does_not_fit_leaves_the_live_pruning_in_force(mode
     with pytest.raises(ValueError, match="keep_per_block has 2 entries"):
         prune_(model, PruneConfig(keep_per_block=(30, 20)))
     assert plan_of(model) == plan
+
+
+def test_a_block_that_is_frozen_in_eval_mode_stays_so(model: Any, images: Tensor) -> None:
+    model.train()
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, images)
+    verify(model)
+    count_macs(model)
+    prune_(model, PRUNING)
+    unprune_(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes

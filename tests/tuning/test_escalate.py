@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import tiny_vit
 
+from cpvit import prune_
 from cpvit.plans.escalation import Escalation
 from cpvit.plans.plan import Plan
+from cpvit.pruning.escalation import mean_macs, prediction_margin
+from cpvit.pruning.opening import open_restored
 from cpvit.tuning import escalate
 from cpvit.tuning.escalate import Stage, margins_for, tune_escalation
 
@@ -55,14 +58,21 @@ def model() -> Any:
     return tiny_vit(depth=4, img_size=(112, 112))
 
 
-def test_two_stages_are_found_and_say_what_they_cost() -> None:
-    found = tune_escalation(model(), images(), 0.9)
+def test_two_stages_are_found_and_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin of 0.2 for every plan the hardest of those that leave few images unsure is cheapest."""
+    monkeypatch.setattr(escalate, "margins_for", lambda stages, images, wanted: [0.2 for _ in stages])
+    monkeypatch.setattr(escalate.Stage, "agreement", property(lambda self: 0.0))
+    network, pictures = model(), images()
+    found = tune_escalation(network, pictures, 0.9)
+    assert isinstance(found.found, Escalation)
+    assert found.static_macs_ratio is None
     assert found.calibration_images == 24
-    if isinstance(found.found, Escalation):
-        assert found.macs_ratio == found.found.macs_ratio < 1.5
-        assert found.share == found.found.share
-    else:
-        assert found.macs_ratio == found.found.macs_ratio
+    host = open_restored(network)
+    assert found.macs_ratio == pytest.approx(mean_macs(host, found.found, found.share), abs=1e-6)
+    prune_(network, found.found.light, verify=False)
+    with torch.no_grad():
+        unsure = prediction_margin(network(pictures)) < 0.2
+    assert found.share == pytest.approx(unsure.float().mean().item())
 
 
 def test_a_plan_alone_is_chosen_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ Legend: B images, H heads, N tokens, C channels, D head dimension.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -133,13 +135,19 @@ class Host:
 
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
-        """The model is in eval mode meanwhile, and in its own afterwards."""
-        was_training = self.model.training
+        """The model is in eval mode meanwhile; afterwards every module is in the mode it was in, frozen ones too."""
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
+
+    def copy_sharing_weights(self) -> Host:
+        """The same model once more, to be pruned apart; parameters and buffers are the very same tensors."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
 
     @property
     def depth(self) -> int:

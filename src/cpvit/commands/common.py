@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from cpvit.weights.create import create_model
 from cpvit.weights.loading import load_checkpoint
 from cpvit.weights.reading import head_classes
 
+T = TypeVar("T")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -188,10 +190,10 @@ def build_calibration(
 
 def _images(batches: Batches) -> Iterator[Tensor]:
     for batch in progress(batches, "calibration", len(batches)):
-        yield batch.images  # type: ignore[attr-defined]
+        yield batch.images
 
 
-def progress(items: Iterable[object], title: str, total: int) -> Iterator[object]:
+def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """A progress bar on stderr."""
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=title)

@@ -56,7 +56,7 @@ class PlanOptions:
     seconds: float = 10.0
     """How long to measure a plan for --speedup each time."""
     escalate: bool = False
-    """With --min-agreement: a hard plan for all images and a second stage, gentler or dense, for the unsure ones."""
+    """With --min-agreement: a hard plan for all images, and the dense model again for those it is unsure about."""
 
 
 def run(
@@ -132,6 +132,10 @@ def _escalate(
     if target.min_agreement is None:
         raise ValueError(
             "--escalate goes with --min-agreement: the share of images that must be answered alike"
+        )
+    if options.head_keep_rate != 1 or options.align is not None:
+        raise ValueError(
+            "--escalate cuts no heads and aligns nothing; leave out --head-keep-rate and --align"
         )
     found = tune_escalation(network, images, target.min_agreement, method=options.method, processes=processes)
     if is_first(processes):

@@ -111,7 +111,7 @@ def _search_images(
 ) -> Any:
     source = find_samples(calibration.calibration or "").limited(calibration.calibration_limit, seed)
     loader = make_loader(source, build_preprocessing(network, preprocessing), labels=None, batch_size=32)
-    return torch.cat([batch.images for batch in progress(loader, "images", len(loader))])  # type: ignore[attr-defined]
+    return torch.cat([batch.images for batch in progress(loader, "images", len(loader))])
 
 
 def _text(result: SweepResult) -> str:

@@ -79,7 +79,7 @@ def best_align(
     for multiple in ALIGN_CANDIDATES:
         with contextlib.suppress(BudgetError):  # too coarse for this model: not a candidate
             plans[multiple] = make_plan(host, dataclasses.replace(config, align=multiple), calibration)
-    on_cpu = next(host.model.parameters()).device.type == "cpu"
+    on_cpu = host.device.type == "cpu"
     batch = min(batch_size, CPU_BATCH) if on_cpu else batch_size
     bench = BlockProfiler(host, method_named(config.method), batch, on_message=on_message)
     schedules = [plan.patches_per_block for plan in plans.values()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -23,10 +22,9 @@ TIMES_VERSION = 1
 
 def random_images(host: Host, batch_size: int, seed: int = 0) -> Tensor:
     """[B 3 H W] noise on the model's device and in its dtype."""
-    parameter = next(host.model.parameters())
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch_size, *host.image_shape, generator=generator)
-    return images.to(parameter.device, parameter.dtype)
+    return images.to(host.device, host.dtype)
 
 
 class _Given(NamedTuple):
@@ -63,11 +61,10 @@ class BlockProfiler:
         looks = [(type(block.module), block.costs()) for block in host.blocks]
         self.kinds = tuple(looks.index(look) for look in looks)
         """For every block, the first block that is built like it."""
-        parameter = next(host.model.parameters())
-        subject = self._subject(parameter.device, parameter.dtype)
+        subject = self._subject(host.device, host.dtype)
         name = f"times-{hashlib.sha256(subject.encode()).hexdigest()[:16]}.json"
         watch = least_seconds if timer is None else timer
-        self.cache = TimingCache(cache_folder() / name, subject, parameter.device, watch)
+        self.cache = TimingCache(cache_folder() / name, subject, host.device, watch)
 
     def _subject(self, device: torch.device, dtype: torch.dtype) -> str:
         here = describe_environment(device, dtype, seed=0)
@@ -86,7 +83,7 @@ class BlockProfiler:
                 f"timing {len(missing)} pieces of {self.host.name} at batch {self.batch_size}, once: kept in "
                 f"{self.cache.path}"
             )
-            with _in_eval_mode(self.host), torch.inference_mode():
+            with self.host.in_eval_mode(), torch.inference_mode():
                 runs = {name: self._run(names[name]) for name in missing}
                 self.cache.measure(runs, self._run(Piece("mlp", 0, self.host.num_patches)))
         return {piece: self.cache.known[name] for name, piece in names.items()}
@@ -168,16 +165,6 @@ class Piece(NamedTuple):
     """That enter."""
     keep: int | None = None
     """That leave, where some are removed."""
-
-
-@contextmanager
-def _in_eval_mode(host: Host) -> Any:
-    was_training = host.model.training
-    host.model.eval()
-    try:
-        yield
-    finally:
-        host.model.train(was_training)
 
 
 def _way_down(num_patches: int, patches: int, *, halves: bool) -> list[int]:

@@ -7,11 +7,9 @@ do not lie above 1, nothing was gained. The dense model is the host's own, with 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import median
 from typing import NamedTuple
 
@@ -170,9 +168,7 @@ class _Stage:
             )
         if isinstance(config, Plan) and calibration is None:
             config = config.uncorrected  # other values in the projections, the same time
-        dense = self.dense.model
-        shared = {id(tensor): tensor for tensor in chain(dense.parameters(), dense.buffers())}
-        pruned = copy.deepcopy(self.dense, shared)
+        pruned = self.dense.copy_sharing_weights()
         plan = prune_host(pruned, config, calibration=calibration)
         return _Pruned(name, pruned, plan, host_macs(pruned))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -22,11 +24,18 @@ from cpvit.pruning.escalation import escalate_host, mean_macs
 from cpvit.pruning.opening import open_restored, unprune_host
 from cpvit.pruning.prune import prune_host
 
-Progress = Callable[[Iterable[object], str, int], Iterable[object]]
-"""Wraps an iterable of a known length to show its progress under a title."""
+T = TypeVar("T")
 
 
-def no_progress(items: Iterable[object], title: str, total: int) -> Iterable[object]:
+class Progress(Protocol):
+    """Wraps an iterable of a known length to show its progress under a title."""
+
+    def __call__(self, items: Iterable[T], title: str, total: int) -> Iterable[T]:
+        """The same items."""
+        ...
+
+
+def no_progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
     """Show nothing."""
     return items
 
@@ -112,29 +121,27 @@ def evaluate(
         ValueError: The configuration does not fit the model, or the images have no labels.
     """
     host = open_restored(model)
-    dense = predict(host, batches, title="dense", progress=progress, processes=processes)
+    run = partial(predict, batches=batches, progress=progress, processes=processes)
+    dense = run(host, title="dense")
     dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
     if isinstance(config, Escalation):
-        return _evaluate_escalation(host, batches, config, dense, dense_result, seed, progress, processes)
-    plan = prune_host(host, PruneConfig() if config is None else config, calibration=calibration)
-    try:
-        pruned = predict(host, batches, title="pruned", progress=progress, processes=processes)
-        pruned_result = PrunedResult(
-            top1=pruned.top(1),
-            top5=pruned.top(5),
-            macs=host_macs(host),
-            params=count_params(model),
-            tokens_per_block=plan.tokens_per_block,
-            heads_per_block=plan.heads_per_block,
-        )
-    finally:
-        unprune_host(host)
+        found = _two_stages(host, config, run, processes)
+    else:
+        found = _one_plan(host, PruneConfig() if config is None else config, calibration, run)
+    pruned, plan = found.predictions, found.plan
     skipped = gathered(list(batches.skipped), processes)
     return EvalResult(
         model=plan.model,
         dense=dense_result,
-        pruned=pruned_result,
-        macs_ratio=pruned_result.macs / dense_result.macs,
+        pruned=PrunedResult(
+            top1=pruned.top(1),
+            top5=pruned.top(5),
+            macs=found.macs,
+            params=found.params,
+            tokens_per_block=plan.tokens_per_block,
+            heads_per_block=plan.heads_per_block,
+        ),
+        macs_ratio=found.macs / dense_result.macs,
         agreement=agreement(dense, pruned),
         kl=kl_divergence(dense, pruned),
         images=len(dense.log_probs),
@@ -142,48 +149,42 @@ def evaluate(
         skipped=tuple(skipped),
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
+        escalation=found.escalation,
     )
 
 
-def _evaluate_escalation(
-    host: Host,
-    batches: Batches,
-    config: Escalation,
-    dense: Predictions,
-    dense_result: DenseResult,
-    seed: int,
-    progress: Progress,
-    processes: Processes | None,
-) -> EvalResult:
-    """Two stages on the same images; MACs are the mean of what the images really cost."""
+class _Pruned(NamedTuple):
+    """What the pruned side of an evaluation gave."""
+
+    predictions: Predictions
+    plan: Plan
+    macs: int
+    params: int
+    escalation: EscalationResult | None = None
+
+
+def _one_plan(
+    host: Host, config: PruneConfig | Plan, calibration: Calibration | None, run: Callable[..., Predictions]
+) -> _Pruned:
+    plan = prune_host(host, config, calibration=calibration)
+    try:
+        return _Pruned(run(host, title="pruned"), plan, host_macs(host), count_params(host.model))
+    finally:
+        unprune_host(host)
+
+
+def _two_stages(
+    host: Host, config: Escalation, run: Callable[..., Predictions], processes: Processes | None
+) -> _Pruned:
+    """MACs are the mean of what the images really cost."""
     model = escalate_host(host, config)
     again: list[int] = []
     model.second_model.register_forward_pre_hook(lambda _, args: again.append(len(args[0])))
-    pruned = predict(model.host, batches, title="two stages", progress=progress, processes=processes)
-    share = sum(gathered(again, processes)) / len(pruned.log_probs)
-    macs = round(mean_macs(host, config, share) * dense_result.macs)
-    skipped = gathered(list(batches.skipped), processes)
-    return EvalResult(
-        model=config.light.model,
-        dense=dense_result,
-        pruned=PrunedResult(
-            top1=pruned.top(1),
-            top5=pruned.top(5),
-            macs=macs,
-            params=dense_result.params,
-            tokens_per_block=config.light.tokens_per_block,
-            heads_per_block=config.light.heads_per_block,
-        ),
-        macs_ratio=macs / dense_result.macs,
-        agreement=agreement(dense, pruned),
-        kl=kl_divergence(dense, pruned),
-        images=len(dense.log_probs),
-        images_skipped=len(skipped),
-        skipped=tuple(skipped),
-        plan=config.light,
-        environment=describe_environment(host.device, host.dtype, seed),
-        escalation=EscalationResult(config.margin, share, config.second),
-    )
+    predictions = run(model.host, title="two stages")
+    share = sum(gathered(again, processes)) / len(predictions.log_probs)
+    macs = round(mean_macs(host, config, share) * host_macs(host))
+    result = EscalationResult(config.margin, share, config.second)
+    return _Pruned(predictions, config.light, macs, count_params(host.model), result)
 
 
 @torch.inference_mode()
@@ -203,13 +204,13 @@ def predict(
     log_probs, labels = [], []
     with host.in_eval_mode():
         for batch in progress(batches, title, len(batches)):
-            if batch.labels is None:  # type: ignore[attr-defined]
+            if batch.labels is None:
                 raise ValueError(
                     "evaluation needs labels; build the loader with labels=label_map(source, num_classes)"
                 )
-            logits = host.output(host.model(batch.images.to(host.device, host.dtype)))  # type: ignore[attr-defined]
+            logits = host.output(host.model(batch.images.to(host.device, host.dtype)))
             log_probs.append(logits.float().log_softmax(dim=-1).cpu())
-            labels.append(batch.labels)  # type: ignore[attr-defined]
+            labels.append(batch.labels)
     shares = gathered(list(zip(log_probs, labels, strict=True)), processes)
     return Predictions(*(torch.cat(side) for side in zip(*shares, strict=True)))
 

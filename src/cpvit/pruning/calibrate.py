@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, UnsupportedModelError
-from cpvit.core import CPViT, head_score
+from cpvit.core import head_score
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.heads import HeadOutputs
-from cpvit.plans.steps import make_steps
-from cpvit.pruning.cascade import BlockHook, BlockOutput, Cascade, registered_hook
+from cpvit.pruning.cascade import BlockHook, BlockOutput, keep_everything, registered_hook
 from cpvit.pruning.heads import projection_of
 from cpvit.pruning.install import install, uninstall
 from cpvit.pruning.opening import open_untouched
@@ -46,7 +45,7 @@ def calibrate_host(
     """:func:`calibrate` for a model that is opened already."""
     statistics = _Statistics(host)
     moments = _watch_projections(host) if head_outputs else []
-    cascade = _keep_everything(host)
+    cascade = keep_everything(host)
     install(host, cascade)
     try:
         with registered_hook(cascade, BlockHook(statistics.see, attention=True)):
@@ -87,11 +86,6 @@ class _Moments:
     def result(self) -> HeadOutputs:
         mean = self.total / self.tokens
         return HeadOutputs(mean, self.square / self.tokens - mean.outer(mean))
-
-
-def _keep_everything(host: Host) -> Cascade:
-    method = CPViT()
-    return Cascade(host, method, make_steps(method, [host.num_patches] * host.depth, host.num_patches))
 
 
 @torch.inference_mode()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cpvit.adapters import Host
 from cpvit.attention import ScoredAttention
-from cpvit.core import BlockStep, Method, TokenState, full_grid, initial_state, run_block
+from cpvit.core import BlockStep, CPViT, Method, TokenState, full_grid, initial_state, run_block
+from cpvit.plans.steps import make_steps
 
 
 class PruningBypassError(RuntimeError):
@@ -70,6 +71,12 @@ class Cascade:
             )
         run = _Run(self)
         return [_Step(run, number) for number in range(len(self.steps))]
+
+
+def keep_everything(host: Host) -> Cascade:
+    """A cascade in which no patch leaves and nothing is scored: it answers as the untouched model does."""
+    method = CPViT()
+    return Cascade(host, method, make_steps(method, [host.num_patches] * host.depth, host.num_patches))
 
 
 class SharedBlocks:

@@ -7,19 +7,14 @@ and run once.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from itertools import chain
 
 from torch import Tensor, nn
 
 from cpvit.adapters import Host
-from cpvit.core import CPViT
 from cpvit.plans.costs import cost_model
 from cpvit.plans.escalation import Escalation
-from cpvit.plans.plan import Plan
-from cpvit.plans.steps import make_steps
-from cpvit.pruning.cascade import Cascade, SharedBlocks, sharing
+from cpvit.pruning.cascade import SharedBlocks, keep_everything, sharing
 from cpvit.pruning.install import install
 from cpvit.pruning.opening import open_restored
 from cpvit.pruning.prune import prune_host
@@ -88,7 +83,7 @@ def escalate(model: nn.Module, escalation: Escalation, *, verify: bool = True) -
 
     Raises:
         UnsupportedModelError: The model cannot be pruned.
-        ValueError: A plan does not fit the model.
+        ValueError: A plan does not fit the model, or corrects projections, which needs calibration images.
 
     Example:
         >>> fast = escalate(model, load_plan("escalate.json"))  # doctest: +SKIP
@@ -101,33 +96,15 @@ def escalate_host(
     host: Host, escalation: Escalation, *, verify: bool = True, kind: type[EscalatingModel] = EscalatingModel
 ) -> EscalatingModel:
     """:func:`escalate` for a model that is opened already."""
-    light, second = _with_shared_weights(host), _with_shared_weights(host)
-    prune_host(light, escalation.light.uncorrected, verify=verify)
-    if escalation.second is None:
-        _keep_everything(second)
+    light, second = host.copy_sharing_weights(), host.copy_sharing_weights()
+    prune_host(light, escalation.light, verify=verify)
+    if (
+        escalation.second is None
+    ):  # the dense model, run by a cascade so that it can start behind the shared blocks
+        install(second, keep_everything(second))
     else:
-        prune_host(second, escalation.second.uncorrected, verify=False)
+        prune_host(second, escalation.second, verify=False)
     return kind(light, second, escalation).train(host.model.training)
-
-
-def _with_shared_weights(host: Host) -> Host:
-    tensors = {id(tensor): tensor for tensor in chain(host.model.parameters(), host.model.buffers())}
-    return copy.deepcopy(host, tensors)
-
-
-def _keep_everything(host: Host) -> None:
-    """The dense model run by the cascade, so that it can start behind the shared blocks."""
-    method = CPViT()
-    counts = [host.num_patches] * host.depth
-    container = install(host, Cascade(host, method, make_steps(method, counts, host.num_patches)))
-    container.plan = dense_plan(host)
-
-
-def dense_plan(host: Host) -> Plan:
-    """A plan under which nothing leaves."""
-    heads = tuple(block.num_heads for block in host.blocks)
-    counts = (host.num_patches,) * host.depth
-    return Plan(host.name, "cpvit", host.num_patches, host.num_prefix, counts, heads, dial="dense")
 
 
 def mean_macs(host: Host, escalation: Escalation, share: float) -> float:

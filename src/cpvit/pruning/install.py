@@ -65,7 +65,7 @@ def install(host: Host, cascade: Cascade) -> CascadeContainer:
     container = _same_kind(original)
     container.cascade = cascade
     container.original = (original,)  # in a tuple, so that torch does not register it as a submodule
-    container.train(original.training)
+    container.training = original.training  # its own mode only: a block may be frozen in another
     setattr(host.parent, host.attribute, container)
     for name in host.forbidden:
         vars(host.model)[name] = _Forbidden(_WALKS.format(name))

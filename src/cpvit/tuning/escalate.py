@@ -93,7 +93,7 @@ def tune_escalation(
     if not 0 < min_agreement < 1:
         raise ValueError(f"min_agreement must be between 0 and 1 to escalate for it, got {min_agreement}")
     evaluator = PlanEvaluator(open_restored(model), images, None, method, 1.0, processes)
-    stages = [_stage(evaluator, macs) for macs in sorted(STATIC_MACS)]
+    stages = [run_stage(evaluator, macs) for macs in sorted(STATIC_MACS)]
     static = next((stage for stage in stages if stage.agreement >= min_agreement), None)
     light = [stage for stage in stages if stage.macs in LIGHT_MACS]
     best = min(_pairs(evaluator.host, light, min_agreement), key=lambda pair: pair.macs_ratio)
@@ -105,7 +105,8 @@ def tune_escalation(
     )
 
 
-def _stage(evaluator: PlanEvaluator, macs: float) -> Stage:
+def run_stage(evaluator: PlanEvaluator, macs: float) -> Stage:
+    """Run the calibration images under the method's curve at a budget."""
     plan = make_plan(evaluator.host, PruneConfig(method=evaluator.method.name, macs=macs))
     got = evaluator.predict_under(plan)
     agrees = got.log_probs.argmax(dim=1) == evaluator.dense.log_probs.argmax(dim=1)
