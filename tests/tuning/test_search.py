@@ -9,9 +9,10 @@ from conftest import tiny_vit
 
 from cpvit.adapters import open_host
 from cpvit.methods import method_named
+from cpvit.plans.budget import BudgetError
 from cpvit.plans.costs import cost_model
-from cpvit.plans.schedules import MERGING_CURVE, halved_at_most
-from cpvit.tuning.search import Budget, Counts, SearchResult, Trial, is_better, search
+from cpvit.plans.schedules import MERGING_CURVE, Curve, halved_at_most
+from cpvit.tuning.search import Budget, Counts, SearchResult, Trial, _curves_beside, is_better, search
 
 DEPTH = 6
 IMAGES = 20
@@ -57,6 +58,31 @@ def test_every_candidate_meets_the_budget(method: str) -> None:
         assert within.costs.total(counts) == pytest.approx(0.7 * within.dense, rel=0.005)
         assert list(counts) == sorted(counts, reverse=True)
         assert method != "tome" or counts == halved_at_most(counts, 196)
+
+
+def test_curves_that_cannot_meet_the_budget_are_passed_over() -> None:
+    """With few patches a budget that the start meets may lie between the budgets of the curves beside it."""
+    host = open_host(tiny_vit(depth=DEPTH, img_size=(32, 32)))
+    costs = cost_model(host, method=method_named("cpvit-merge"))
+    passed_over = 0
+    for thousandth in range(320, 520, 6):
+        within = Budget(costs, thousandth / 1000, cost_model(host).dense, empty_last=True)
+        try:
+            start = within.of_curve(MERGING_CURVE, DEPTH)
+        except BudgetError:
+            continue
+        passed_over += sum(not meets(within, curve) for curve in _curves_beside(MERGING_CURVE, 1.0))
+        found = search(within, late, curve=MERGING_CURVE, depth=DEPTH, trials=8, seed=0)
+        assert found.start == start
+    assert passed_over > 0
+
+
+def meets(within: Budget, curve: Curve) -> bool:
+    try:
+        within.of_curve(curve, DEPTH)
+    except BudgetError:
+        return False
+    return True
 
 
 def test_it_starts_from_the_curve_and_improves_on_it() -> None:

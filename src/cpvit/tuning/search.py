@@ -155,7 +155,11 @@ def _along_curves(
             for candidate in _curves_beside(curve, step):
                 if evaluate.exhausted:
                     return best, curve
-                trial = evaluate(budget.of_curve(candidate, depth))
+                try:
+                    counts = budget.of_curve(candidate, depth)
+                except BudgetError:  # with few patches, budgets that one curve meets fall between another's
+                    continue
+                trial = evaluate(counts)
                 if is_better(trial, best):
                     best, curve, moved = trial, candidate, True
     return best, curve
