@@ -13,7 +13,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from cpvit import Plan
 from cpvit.commands.cli import main
+from cpvit.tuning.escalate import Stage
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--image-size", "64", "--device", "cpu"]
 
@@ -63,34 +65,52 @@ def test_a_search_finds_the_plan_of_one_process(common: list[str], tmp_path: Pat
     assert record(tmp_path / "two.json") == record(tmp_path / "one.json")
 
 
-def test_two_stages_are_planned_and_evaluated(
-    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_two_stages_are_planned_evaluated_and_timed(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, out = str(tmp_path / "pair.json"), tmp_path / "record.json"
+    monkeypatch.setattr(Stage, "agreement", property(lambda self: 0.0))  # no plan alone will do
+    monkeypatch.setattr(
+        "cpvit.tuning.escalate.margins_for", lambda stages, images, wanted: [0.2] * len(stages)
+    )
+    plan = str(tmp_path / "pair.json")
     assert main(["plan", *common, "--min-agreement", "0.9", "--escalate", "--out", plan]) == 0
-    printed = capsys.readouterr().out
-    assert "of the dense MACs" in printed
-    assert main(["eval", *common, "--plan", plan, "--json", str(out)]) == 0
-    found = record(out)
-    if "escalation" in record(Path(plan)):
-        assert 0 <= found["escalation"]["share"] <= 1
-        assert "of the images ran again (dense)" in capsys.readouterr().out
-        timed = [
-            "benchmark",
-            *MODEL,
-            "--batch-size",
-            "4",
-            "--seconds",
-            "0",
-            "--plan",
-            plan,
-            "--methods",
-            "tome",
-        ]
-        assert main([*timed, "--macs", "0.7"]) == 0
-        assert "plan (cpvit-merge)" in capsys.readouterr().out
-    else:
-        assert found["escalation"] is None
+    assert "the dense model again for the" in capsys.readouterr().out
+    assert record(Path(plan))["margin"] == 0.2
+
+    arguments = ["eval", *common, "--plan", plan, "--json"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    assert "of the images ran again (dense)" in capsys.readouterr().out
+    two_processes([*arguments, str(tmp_path / "two.json")])
+    one, two = (record(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert one["escalation"] == two["escalation"]
+    assert 0 < one["escalation"]["share"] <= 1
+    assert one["macs_ratio"] == two["macs_ratio"] > one["plan"]["macs_ratio"]
+
+    timed = ["benchmark", *MODEL, "--batch-size", "4", "--seconds", "0", "--plan", plan]
+    assert main([*timed, "--methods", "tome", "--macs", "0.7"]) == 0
+    assert "plan (cpvit-merge)" in capsys.readouterr().out
+
+
+def test_one_plan_is_written_where_it_is_cheaper(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stage, "agreement", property(lambda self: 1.0))
+    monkeypatch.setattr(
+        "cpvit.tuning.escalate.margins_for", lambda stages, images, wanted: [1.0] * len(stages)
+    )
+    plan = str(tmp_path / "plan.json")
+    assert main(["plan", *common, "--min-agreement", "0.9", "--escalate", "--out", plan]) == 0
+    assert "one plan is cheaper than two stages here" in capsys.readouterr().out
+    assert Plan.load(plan).macs_ratio == pytest.approx(0.4, abs=0.005)
+
+
+@pytest.mark.parametrize("extra", [["--align", "8"], ["--head-keep-rate", "0.5"]])
+def test_options_that_two_stages_do_not_have_are_refused(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    command = ["plan", *common, "--min-agreement", "0.9", "--escalate", *extra]
+    assert main([*command, "--out", str(tmp_path / "pair.json")]) == 1
+    assert "--escalate cuts no heads and aligns nothing" in capsys.readouterr().err
 
 
 def test_escalating_needs_an_agreement_to_hold(

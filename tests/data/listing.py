@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from cpvit.data import ImageSource
-
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def encoded(value: int = 0, kind: str = "PNG") -> bytes:
@@ -40,13 +36,3 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
 
 def pairs(source: ImageSource) -> list[tuple[str, str | None]]:
     return [(sample.key, sample.class_name) for sample in source.samples]
-
-
-def shared(name: str) -> Path:
-    path = SHARED_DATA / name
-    if not path.exists():
-        # Not an assert: pytest would print the whole environment when it fails.
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is missing")
-        pytest.skip(f"{path} is missing")
-    return path

@@ -17,7 +17,6 @@ from cpvit.data import (
     Preprocessing,
 )
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 SMALL = Preprocessing(image_size=(13, 11), mean=(0.5,) * 3, std=(0.25,) * 3)
 WORKERS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

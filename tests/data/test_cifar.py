@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from listing import pairs, shared, write_images
+from conftest import shared_path
+from listing import pairs, write_images
 from torchvision.datasets import CIFAR10
 
 from cpvit.data import find_samples
@@ -114,7 +115,7 @@ def test_torchvision_cifar_named_as_a_folder(tmp_path: Path) -> None:
 
 
 def test_real_cifar_archive() -> None:
-    path = shared("cifar10-jpeg.tar.gz")
+    path = shared_path("data/cifar10-jpeg.tar.gz")
     source = find_samples(path, split="test")
     assert source.classes == CIFAR10_CLASSES
     assert (len(source), source.split_name) == (10000, "test")

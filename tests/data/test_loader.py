@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from pictures import SHARED_DATA, SMALL, WORKERS, encoded, images_of, noise, pack, write_classes
+from conftest import shared_path
+from pictures import SMALL, WORKERS, encoded, images_of, noise, pack, write_classes
 from torchvision.datasets import ImageFolder
 
 from cpvit.data import (
@@ -160,12 +160,7 @@ def test_a_file_that_vanished(tmp_path: Path) -> None:
 
 
 def test_real_imagenet_archive() -> None:
-    path = SHARED_DATA / "imagenet-val-650.tar"
-    if not path.exists():
-        # Not an assert: pytest would print the whole environment when it fails.
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{path} is missing")
-        pytest.skip(f"{path} is missing")
+    path = shared_path("data/imagenet-val-650.tar")
     source = find_samples(path)
     labels = label_map(source, 1000)
     names = timm.data.ImageNetInfo().label_names()

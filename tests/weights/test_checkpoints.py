@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import shared_path
 from safetensors.torch import save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +26,6 @@ from cpvit.weights.reading import CheckpointError, head_classes
 
 State = dict[str, Tensor]
 Names = dict[str, Any]
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 # Distinct sizes, so that a swapped axis cannot pass: width 24, 3 heads of 8, MLP 40, 7 classes, 4x4 patches.
 WIDTH, HEADS, DEPTH, CLASSES = 24, 3, 2, 7
@@ -985,9 +985,7 @@ def test_content_that_is_no_state_dict(tmp_path: Path) -> None:
 
 
 def test_deit_tiny_weights_load_strictly() -> None:
-    file = SHARED / "weights" / "deit_tiny_patch16_224.safetensors"
-    if not SHARED.is_dir() and os.environ.get("CI") != "true":
-        pytest.skip(f"no {SHARED.name} folder beside the repository")
+    file = shared_path("weights/deit_tiny_patch16_224.safetensors")
     model = timm.create_model("deit_tiny_patch16_224")
     report = load_checkpoint(model, file)
     assert report == CheckpointReport(file, "timm")
