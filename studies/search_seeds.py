@@ -1,0 +1,130 @@
+"""What a search on a hundred images gains on others: many draws of the calibration images.
+
+    python studies/search_seeds.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenet-val-650.tar
+
+Each draw searches on 128 images, as ``cpvit plan`` does, and is compared with the curve that needs none on the images
+it did not draw. A schedule is run once over all images, however many draws ask for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from cpvit.adapters import open_host
+from cpvit.data import Preprocessing, find_samples, make_loader
+from cpvit.measure.metrics import Predictions, agreement, kl_divergence, logit_distances
+from cpvit.methods import method_named
+from cpvit.plans.costs import cost_model
+from cpvit.plans.schedules import curve_of
+from cpvit.plans.steps import make_steps
+from cpvit.pruning.cascade import Cascade, keep_everything
+from cpvit.pruning.install import install, uninstall
+from cpvit.tuning.search import Budget, Counts, search
+from cpvit.weights.create import create_model
+from cpvit.weights.loading import load_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--method", default="cpvit-merge")
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.6, 0.5])
+    parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=10)
+    arguments = parser.parse_args()
+
+    model = create_model(arguments.model).eval()
+    load_checkpoint(model, arguments.checkpoint)
+    loader = make_loader(
+        find_samples(arguments.data), Preprocessing.from_model(model), labels=None, batch_size=65
+    )
+    runs = Runs(model, [batch.images for batch in loader], arguments.method)
+    for macs in arguments.macs:
+        found = [draw(runs, macs, arguments, seed) for seed in range(arguments.draws)]
+        searched, curve, agreed, moved = zip(*found, strict=True)
+        gains = [before - after for before, after in zip(curve, searched, strict=True)]
+        print(
+            f"{macs:.0%} of the MACs, {arguments.draws} draws: KL on the other images {spread(searched)} searched, "
+            f"{spread(curve)} by the curve; gain {spread(gains)}; agreement {spread(agreed)}; the search moved in "
+            f"{sum(moved)} draws ({len(runs.known)} schedules run so far)",
+            flush=True,
+        )
+
+
+class Runs:
+    """Predictions of a model under schedules, on all images, each computed once."""
+
+    def __init__(self, model: torch.nn.Module, batches: list[Tensor], method: str) -> None:
+        self.host = open_host(model)
+        self.batches = batches
+        self.method = method_named(method)
+        self.known: dict[Counts, Tensor] = {}
+        self.dense = self._run(keep_everything(self.host))
+
+    def under(self, counts: Counts) -> Tensor:
+        """Log-probabilities [B K]."""
+        if counts not in self.known:
+            steps = make_steps(self.method, counts, self.host.num_patches)
+            self.known[counts] = self._run(Cascade(self.host, self.method, steps))
+        return self.known[counts]
+
+    @torch.inference_mode()
+    def _run(self, cascade: Cascade) -> Tensor:
+        install(self.host, cascade)
+        try:
+            logits = [self.host.output(self.host.model(images)) for images in self.batches]
+        finally:
+            uninstall(self.host)
+        return torch.cat(logits).log_softmax(dim=-1)
+
+
+def draw(
+    runs: Runs, macs: float, arguments: argparse.Namespace, seed: int
+) -> tuple[float, float, float, bool]:
+    """KL of the plan that was searched and of the curve, agreement of the former, and whether the two differ."""
+    order = torch.randperm(len(runs.dense), generator=torch.Generator().manual_seed(seed))
+    fit, rest = order[: arguments.calibration], order[arguments.calibration :]
+    host = runs.host
+    budget = Budget(
+        cost_model(host, method=runs.method), macs, cost_model(host).dense, empty_last=host.discards_patches
+    )
+
+    def distances(counts: Counts) -> list[float]:
+        found: list[float] = logit_distances(part(runs.dense, fit), part(runs.under(counts), fit)).tolist()
+        return found
+
+    found = search(
+        budget,
+        cache(distances),
+        curve=curve_of(arguments.method),
+        depth=host.depth,
+        trials=arguments.trials,
+        seed=seed,
+    )
+    dense = part(runs.dense, rest)
+    searched, start = part(runs.under(found.patches), rest), part(runs.under(found.start), rest)
+    moved = found.patches != found.start
+    return kl_divergence(dense, searched), kl_divergence(dense, start), agreement(dense, searched), moved
+
+
+def part(log_probs: Tensor, images: Tensor) -> Predictions:
+    return Predictions(log_probs[images], None)
+
+
+def spread(values: tuple[float, ...] | list[float]) -> str:
+    return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+
+
+if __name__ == "__main__":
+    main()
