@@ -107,7 +107,7 @@ def draw(
     found = search(
         budget,
         cache(distances),
-        curve=curve_of(arguments.method),
+        curve=curve_of(runs.method),
         depth=host.depth,
         trials=arguments.trials,
         seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+# pytest collects every message; torch's traces of its own compiler are many, long, and slow to format.
+logging.getLogger("torch.__trace").disabled = True
 torch.set_num_threads(1)  # two test processes on two cores: more threads only get in each other's way
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

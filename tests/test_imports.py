@@ -35,6 +35,7 @@ FLOORS = (
     "weights",
     "data",
     "measure",
+    "export",
     "tuning",
     "finetune",
     "demo",

@@ -17,7 +17,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
-    from cpvit.commands import benchmark, demo, eval, finetune, models, plan, support, sweep, verify
+    from cpvit.commands import benchmark, demo, eval, export, finetune, models, plan, support, sweep, verify
 
     return {
         "eval": eval.run,
@@ -25,6 +25,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "plan": plan.run,
         "finetune": finetune.run,
         "sweep": sweep.run,
+        "export": export.run,
         "verify": verify.run,
         "models": models.run,
         "support": support.run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from cpvit.commands.common import (
@@ -10,24 +11,39 @@ from cpvit.commands.common import (
     build_model,
     heads_need_images,
     joined,
+    open_model,
+    open_source,
     planned,
     progress,
     set_seed,
     write_record,
 )
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
-from cpvit.commands.tables import eval_text
+from cpvit.commands.tables import eval_text, exported_text
+from cpvit.data import label_map, make_loader
+from cpvit.export.evaluating import evaluate_exported
+from cpvit.export.runtimes import open_exported
 from cpvit.measure.evaluate import evaluate
 from cpvit.plans.config import PruneConfig
 
 
+@dataclass(frozen=True)
+class EvalModelOptions(ModelOptions):
+    """Which model, with which weights, and where it runs."""
+
+    model: str = ""
+    """A timm name (deit_tiny_patch16_224 ...) or ViT-B_16, ViT-B_32, ViT-L_16, ViT-L_32, ViT-H_14; with --exported
+    the dense model to compare with, which may be left out."""
+
+
 def run(
-    model: ModelOptions,
+    model: EvalModelOptions,
     data: DataOptions,
     pruning: PruneConfig,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
     plan: Path | None = None,
+    exported: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
@@ -36,9 +52,17 @@ def run(
 
     Args:
         plan: A plan written by ``cpvit plan``, instead of a method and a budget.
+        exported: A file written by ``cpvit export``, instead of pruning anything; it runs in its own runtime.
         json: Write the record behind what is printed to this file.
     """
     set_seed(data.seed)
+    if exported is not None:
+        if plan is not None or pruning != PruneConfig():
+            raise ValueError("--exported holds its plan; leave out --plan, --method, --macs and the like")
+        _exported(exported, model, data, preprocessing, json)
+        return
+    if not model.model:
+        raise ValueError("give --model NAME, or --exported FILE")
     with joined(model) as processes:
         network = build_model(model, data=data.data)
         batches = build_batches(network, data, preprocessing, processes)
@@ -61,3 +85,33 @@ def run(
         )
         print(eval_text(result))
         write_record(result, json, processes)
+
+
+def _exported(
+    path: Path,
+    model: ModelOptions,
+    data: DataOptions,
+    preprocessing: PreprocessingOptions,
+    json: Path | None,
+) -> None:
+    opened = open_exported(path)
+    described = opened.description
+    if described.preprocessing is None or preprocessing != PreprocessingOptions():
+        raise ValueError(
+            "the exported file says how images are prepared; leave out --mean, --std and the like"
+            if described.preprocessing is not None
+            else f"{path} does not say how images are prepared; export it anew with --mean and --std"
+        )
+    source = open_source(data)
+    batches = make_loader(
+        source.limited(data.limit, data.seed),
+        described.preprocessing,
+        labels=label_map(source, described.num_outputs),
+        batch_size=data.batch_size,
+        num_workers=data.workers,
+        skip_bad_images=data.skip_bad_images,
+    )
+    dense = open_model(model, data=data.data) if model.model else None
+    result = evaluate_exported(opened, batches, dense=dense, seed=data.seed, progress=progress)
+    print(exported_text(result))
+    write_record(result, json)

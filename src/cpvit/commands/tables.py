@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpvit.export.evaluating import ExportedEval
+from cpvit.export.exporting import Exported
 from cpvit.finetune import FinetuneResult
 from cpvit.measure.evaluate import EscalationResult, EvalResult
 from cpvit.measure.timings import BenchmarkResult, Comparison, Timing
@@ -44,6 +46,41 @@ def eval_text(result: EvalResult) -> str:
     ]
     if result.escalation is not None:
         lines.append(escalation_text(result.escalation))
+    if result.images_skipped:
+        lines.append(f"skipped {result.images_skipped} unreadable images: {', '.join(result.skipped)}")
+    return "\n".join(lines)
+
+
+def export_text(found: Exported) -> str:
+    """What was written, what it takes, and how it compared with torch."""
+    described, parity = found.description, found.parity
+    what = "dense" if described.plan is None else f"{100 * described.plan.macs_ratio:.1f}% of the MACs"
+    dtype = "uint8 RGB" if described.normalized_inside else "float32, normalised"
+    seen = "images" if parity.real_images else "images of noise"
+    lines = [
+        f"{described.model}, {what}, {described.precision}, for {described.format}: {found.bytes / 1e6:.1f} MB, "
+        f"{found.seconds:.1f} s",
+        f"input [{' '.join(map(str, described.input_shape))}] {dtype}; output [batch {described.num_outputs}]",
+        f"next to torch in float32 on {parity.images} {seen}: largest difference {parity.max_difference:.2g}, "
+        f"agreement {parity.agreement:.4f}, KL {parity.kl:.2g} nats (at most {parity.most_kl:g})",
+    ]
+    return "\n".join(lines if described.plan is None else [*lines, plan_text(described.plan)])
+
+
+def exported_text(result: ExportedEval) -> str:
+    """Accuracy of a file, next to the dense model if there is one."""
+    described, dense = result.description, result.dense
+    rows = [[described.precision, f"{result.top1:.2f}", f"{result.top5:.2f}", f"{described.macs / 1e9:.3f}"]]
+    lines = [f"{described.model} for {described.format}, {result.images} images"]
+    if dense is not None:
+        rows.insert(0, ["dense, torch", f"{dense.top1:.2f}", f"{dense.top5:.2f}", ""])
+    lines.append(table(["", "top-1 %", "top-5 %", "GMACs"], rows))
+    if dense is not None:
+        lines.append(
+            f"top-1 lost {dense.top1 - result.top1:.2f} points, agreement {dense.agreement:.4f}, KL {dense.kl:.4f} nats"
+        )
+    if described.plan is not None:
+        lines.append(plan_text(described.plan))
     if result.images_skipped:
         lines.append(f"skipped {result.images_skipped} unreadable images: {', '.join(result.skipped)}")
     return "\n".join(lines)

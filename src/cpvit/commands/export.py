@@ -1,0 +1,106 @@
+"""``cpvit export``: a dense or pruned model as a file for ONNX Runtime, OpenVINO or ``torch.export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cpvit.commands.common import (
+    build_model,
+    build_preprocessing,
+    heads_need_images,
+    planned,
+    progress,
+    say,
+    set_seed,
+    write_record,
+)
+from cpvit.commands.options import ModelOptions, PreprocessingOptions
+from cpvit.commands.tables import export_text
+from cpvit.data import Preprocessing, find_samples, make_loader
+from cpvit.export.exporting import ExportOptions, export
+from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation
+from cpvit.pruning.calibrate import calibrate
+from cpvit.pruning.prune import prune_
+
+BY_DEFAULT = ExportOptions()
+
+
+@dataclass(frozen=True)
+class ExportImages:
+    """Unlabelled images that int8 is calibrated on, heads are chosen on, and the file is compared with torch on."""
+
+    calibration: str | None = None
+    """A folder or a .tar of images, or shards; without them the comparison is on noise."""
+    calibration_limit: int = 128
+    """How many of them to use (seeded sample)."""
+    seed: int = 0
+    """Of the sample."""
+
+
+def run(
+    model: ModelOptions,
+    out: Path,
+    pruning: PruneConfig,
+    images: ExportImages,
+    preprocessing: PreprocessingOptions,
+    options: ExportOptions = BY_DEFAULT,
+    plan: Path | None = None,
+    dense: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Write a model to a file for another runtime, run it there, and compare it with torch.
+
+    What does not answer as torch does is not left behind, and the exit status is then 1. OUT.json says what the file
+    holds, what it expects and how it compared.
+
+    Args:
+        out: The file to write: .onnx, .xml (OpenVINO; the weights go into a .bin beside it) or .pt2.
+        plan: A plan written by ``cpvit plan``, instead of a method and a budget.
+        dense: Prune nothing.
+        json: Write the record behind what is printed to this file.
+    """
+    if dense and (plan is not None or pruning != PruneConfig()):
+        raise ValueError("--dense prunes nothing; leave out --plan, --method, --macs and the like")
+    config = planned(pruning, plan)
+    if isinstance(config, Escalation) and not dense:
+        raise ValueError(
+            "two stages cannot be exported: which images run again depends on their values; export a plan"
+        )
+    set_seed(images.seed)
+    network = build_model(model, weights_needed=False)
+    if model.checkpoint is None and not model.pretrained:
+        say("no --checkpoint: the weights are random")
+    described = build_preprocessing(network, preprocessing)
+    samples = _samples(images, described)
+    if not dense:
+        assert not isinstance(config, Escalation)
+        needed = samples if heads_need_images(config) else None
+        prune_(network, config, calibration=None if needed is None else calibrate(network, needed))
+    found = export(
+        network, out, options, images=samples, preprocessing=described, classes=class_names(network)
+    )
+    print(export_text(found))
+    say(f"written: {out}")
+    write_record(found, json)
+
+
+def _samples(options: ExportImages, preprocessing: Preprocessing) -> Tensor | None:
+    if options.calibration is None:
+        return None
+    source = find_samples(options.calibration).limited(options.calibration_limit, options.seed)
+    batches = make_loader(source, preprocessing, labels=None, batch_size=32)
+    return torch.cat([batch.images for batch in progress(batches, "images", len(batches))])
+
+
+def class_names(network: nn.Module) -> tuple[str, ...] | None:
+    """ImageNet-1k's, for a timm model with its thousand classes; None for others."""
+    if int(network.num_classes) != 1000:  # type: ignore[arg-type]
+        return None
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_descriptions())
