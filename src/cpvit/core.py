@@ -162,18 +162,24 @@ def highest(score: Tensor, keep: int) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]. Copies whole rows, which is faster than gather."""
-    if values.dim() == 2:
-        return values.gather(1, index)
-    return values.flatten(0, 1).index_select(0, flat_rows(index, values.shape[1])).unflatten(0, index.shape)
+    """Gather along dimension 1: [B n ...] by [B k] -> [B k ...]."""
+    return values.gather(1, index) if values.dim() == 2 else take_each(values, index)[0]
 
 
-def flat_rows(index: Tensor, rows: int) -> Tensor:
-    """Row ``index`` [B k] of each image, as a row of the [B*rows ...] tensor of all images: [B*k]."""
-    if index.shape[0] == 1:
-        return index.flatten()
-    first = torch.arange(index.shape[0], device=index.device) * rows
-    return (index + first.unsqueeze(1)).flatten()
+def take_each(values: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+    """Rows of [B n C] by several [B k]: [B k C] each. Copies whole rows, which is faster than gather."""
+    flat, first = values.flatten(0, 1), first_rows(values)
+    return tuple(
+        flat.index_select(0, (index if first is None else index + first).flatten()).unflatten(0, index.shape)
+        for index in indices
+    )
+
+
+def first_rows(values: Tensor) -> Tensor | None:
+    """Where each image begins if the rows of all images follow each other: [B n C] -> [B 1]; None for one image."""
+    if values.shape[0] == 1:
+        return None
+    return (torch.arange(values.shape[0], device=values.device) * values.shape[1]).unsqueeze(1)
 
 
 def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple[Tensor, TokenState]:
@@ -189,10 +195,15 @@ def remove(x: Tensor, state: TokenState, kept: Tensor, num_prefix: int) -> tuple
 
 def take_tokens(x: Tensor, patches: Tensor, num_prefix: int) -> Tensor:
     """The prefix tokens and the given patches [B k]: x [B P+n C] -> [B P+k C]."""
+    return take(x, with_prefix(patches, num_prefix))
+
+
+def with_prefix(patches: Tensor, num_prefix: int) -> Tensor:
+    """Rows of the prefix tokens, then those of the patches: [B k] -> [B P+k]."""
     if not num_prefix:
-        return take(x, patches)
-    prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], num_prefix)
-    return take(x, torch.cat([prefix, patches + num_prefix], dim=1))
+        return patches
+    prefix = torch.arange(num_prefix, device=patches.device).expand(patches.shape[0], num_prefix)
+    return torch.cat([prefix, patches + num_prefix], dim=1)
 
 
 def _store_removed(x: Tensor, state: TokenState, num_prefix: int) -> TokenState:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from cpvit.attention import AttentionInputs, EvidenceKind, replaced
 from cpvit.core import BlockStep, TokenState, patch_score, take
-from cpvit.methods.merging import initial_sizes, merge
+from cpvit.methods.merging import as_dtype, initial_sizes, merge
 from cpvit.methods.tome import best_edges, bipartite, merge_edges
 
 FLOOR = 0.1
@@ -86,7 +86,7 @@ def merge_cost(state: TokenState, partner: Tensor, similarity: Tensor, num_prefi
     score_i, destination_score = bipartite(state.score, num_prefix)
     size_j, score_j = take(destination_size, partner), take(destination_score, partner)
     importance = score_i / size_i + score_j / size_j + FLOOR
-    distance = (1 - similarity.to(importance.dtype)).clamp_min(1e-6)
+    distance = (1 - as_dtype(importance, similarity)).clamp_min(1e-6)
     return size_i * size_j / (size_i + size_j) * distance * importance
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from cpvit.attention import AttentionInputs, replaced
-from cpvit.core import TokenState, accumulator_dtype, flat_rows, take, take_tokens
+from cpvit.core import TokenState, accumulator_dtype, first_rows, take, take_each, with_prefix
 
 INDEX_ADD_IS_WRONG = torch.__version__ < TorchVersion("2.8")
 """The inductor of torch 2.5 loses additions to repeated rows on a CPU; seen there, and right in 2.14."""
@@ -55,14 +55,16 @@ def merge(
     """
     size = state.size if state.size is not None else initial_sizes(x[:, num_prefix:])
     destination = take(kept, destinations)
-    source_tokens, destination_tokens = take(x, sources + num_prefix), take(x, destination + num_prefix)
+    source_tokens, destination_tokens, tokens = take_each(
+        x, sources + num_prefix, destination + num_prefix, with_prefix(kept, num_prefix)
+    )
     same = destinations.unsqueeze(2) == destinations.unsqueeze(1)
     source_size = take(size, sources)
     weight = source_size / (take(size, destination) + (same * source_size.unsqueeze(1)).sum(dim=2))
-    step = (source_tokens - destination_tokens) * weight.unsqueeze(-1).to(x.dtype)
+    step = (source_tokens - destination_tokens) * as_dtype(x, weight.unsqueeze(-1))
     if keep_length:
         step = _rescaled(source_tokens, destination_tokens, step, same)
-    merged = _added(take_tokens(x, kept, num_prefix), step, destinations + num_prefix)
+    merged = _added(tokens, step, destinations + num_prefix)
     return merged, replaced(
         state,
         positions=take(state.positions, kept),
@@ -77,7 +79,9 @@ def _added(tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
     if INDEX_ADD_IS_WRONG and torch.compiler.is_compiling():
         places = torch.arange(tokens.shape[1], device=tokens.device).view(1, -1, 1)
         return tokens + (rows.unsqueeze(1) == places).to(step.dtype) @ step
-    tokens.flatten(0, 1).index_add_(0, flat_rows(rows, tokens.shape[1]), step.flatten(0, 1))
+    first = first_rows(tokens)
+    flat = (rows if first is None else rows + first).flatten()
+    tokens.flatten(0, 1).index_add_(0, flat, step.flatten(0, 1))
     return tokens
 
 
@@ -96,12 +100,17 @@ def _rescaled(source_tokens: Tensor, destination_tokens: Tensor, step: Tensor, s
     longest = torch.maximum(_norm(destination_tokens), (same * _norm(source_tokens).unsqueeze(1)).amax(dim=2))
     factor = longest / _norm(means).clamp_min(1e-12)
     count = same.sum(dim=2).unsqueeze(-1)
-    return (means * factor.unsqueeze(-1).to(means.dtype) - destination_tokens) / count
+    return (means * as_dtype(means, factor.unsqueeze(-1)) - destination_tokens) / count
 
 
 def _norm(tokens: Tensor) -> Tensor:
     """[B r C] -> [B r], at least float32."""
     return torch.linalg.vector_norm(tokens, dim=-1, dtype=accumulator_dtype(tokens))
+
+
+def as_dtype(like: Tensor, values: Tensor) -> Tensor:
+    """In the dtype of another tensor. Where it is that already, a traced graph gets no operation for it."""
+    return values if values.dtype == like.dtype else values.to(like.dtype)
 
 
 def initial_sizes(patches: Tensor) -> Tensor:

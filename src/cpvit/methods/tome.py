@@ -84,8 +84,8 @@ def merge_edges(
     removed = tokens - keep
     order = priority.argsort(dim=1, descending=True)
     edges, unmerged = order[:, :removed], order[:, removed:].sort(dim=1).values
-    index = torch.arange(tokens, device=x.device).expand(x.shape[0], tokens)
-    sources, destinations = bipartite(index, num_prefix)
-    kept = torch.cat([take(sources, unmerged), destinations], dim=1)
+    start = num_prefix % 2  # of set A, see bipartite
+    destinations = torch.arange(1 - start, tokens, 2, device=x.device).expand(x.shape[0], -1)
+    kept = torch.cat([2 * unmerged + start, destinations], dim=1)
     into = unmerged.shape[1] + take(partner, edges)
-    return merge(x, state, take(sources, edges), into, kept, num_prefix, keep_length=keep_length)
+    return merge(x, state, 2 * edges + start, into, kept, num_prefix, keep_length=keep_length)
