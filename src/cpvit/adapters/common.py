@@ -21,8 +21,11 @@ from cpvit.core import HostArguments
 HostModule: TypeAlias = Any
 """A module of timm's: an ``nn.Module`` whose attributes carry no types."""
 
-WALKERS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
-"""Methods of timm's models that walk the blocks by themselves."""
+WALKERS = ("forward_intermediates", "get_intermediate_layers")
+"""Methods of timm's models that return what leaves inner blocks."""
+
+FORBIDDEN = ("prune_intermediate_layers",)
+"""Methods of timm's models that take blocks out."""
 
 SHARED_BIAS = (
     "heads cannot be pruned in this model: all blocks share one relative position bias per head, so that a "

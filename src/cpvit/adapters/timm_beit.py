@@ -12,6 +12,7 @@ from timm.models import beit
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
+    FORBIDDEN,
     SHARED_BIAS,
     WALKERS,
     HostModule,
@@ -155,7 +156,8 @@ def open_timm_beit(model: nn.Module) -> Host | None:
         image_shape=image_shape(model),
         pools_patches=pools_patches(model),
         discards_patches=discards_patches(model),
-        forbidden=WALKERS,
+        walkers=WALKERS,
+        forbidden=FORBIDDEN,
         head="forward_head",
         positional=(SHARED,),
     )

@@ -16,6 +16,7 @@ from timm.models import eva
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
+    FORBIDDEN,
     WALKERS,
     HostModule,
     bias_heads,
@@ -198,7 +199,8 @@ def open_timm_eva(model: nn.Module) -> Host | None:
         pools_patches=pools_patches(model),
         discards_patches=discards_patches(model),
         pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
-        forbidden=WALKERS,
+        walkers=WALKERS,
+        forbidden=FORBIDDEN,
         head="forward_head",
         blocked=random_patches,
         positional=("rope", "attn_mask", "is_causal"),

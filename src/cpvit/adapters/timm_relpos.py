@@ -16,6 +16,7 @@ from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
+    FORBIDDEN,
     SHARED_BIAS,
     WALKERS,
     HostModule,
@@ -106,7 +107,8 @@ def open_timm_relpos(model: nn.Module) -> Host | None:
         image_shape=image_shape(model),
         pools_patches=pools_patches(model),
         discards_patches=discards_patches(model),
-        forbidden=WALKERS,
+        walkers=WALKERS,
+        forbidden=FORBIDDEN,
         head="forward_head",
         positional=(SHARED,),
     )

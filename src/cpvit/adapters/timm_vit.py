@@ -12,6 +12,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
+    FORBIDDEN,
     WALKERS,
     HostModule,
     check_blocks,
@@ -126,7 +127,8 @@ def open_timm_vit(model: nn.Module) -> Host | None:
         pools_patches=pools_patches(model),
         discards_patches=discards_patches(model),
         pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
-        forbidden=WALKERS,
+        walkers=WALKERS,
+        forbidden=FORBIDDEN,
         head="forward_head",
         blocked=random_patches,
     )
