@@ -185,14 +185,12 @@ def _check_config(config: Any) -> None:
 
 def _image(config: Any) -> tuple[int, tuple[int, int], tuple[int, int]]:
     """Channels, height and width, patch rows and columns; of a video the rows of all its frames."""
-    missing = [name for name in ("image_size",) if getattr(config, name, None) is None]
-    patch_size = getattr(config, "patch_size", None)
-    tubelet = getattr(config, "tubelet_size", None)
+    patch_size, tubelet = getattr(config, "patch_size", None), getattr(config, "tubelet_size", None)
     if patch_size is None and isinstance(tubelet, Sequence):
         patch_size = tubelet[1:]
-    if missing or patch_size is None:
+    if getattr(config, "image_size", None) is None or patch_size is None:
         raise UnsupportedModelError(
-            f"its configuration has no {(*missing, 'patch_size')[0]}, so its grid is not known"
+            "its configuration has no image_size and patch_size, so its grid is not known"
         )
     height, width = _pair(config.image_size)
     patch_height, patch_width = _pair(patch_size)

@@ -10,58 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        "aimv2_vision_model": "AIMv2",
-        "altclip_vision_model": "AltCLIP",
-        "beit": "BEiT",
-        "blip_2_vision_model": "BLIP-2",
-        "blip_vision_model": "BLIP",
-        "chinese_clip_vision_model": "Chinese-CLIP",
-        "clip": "CLIP",
-        "clip_vision_model": "CLIP",
-        "clipseg_vision_model": "CLIPSeg",
-        "data2vec-vision": "Data2Vec",
-        "deit": "DeiT",
-        "dinov2": "DINOv2",
-        "dinov2_with_registers": "DINOv2 with registers",
-        "dinov3_vit": "DINOv3",
-        "dpt": "DPT",
-        "flava_image_model": "FLAVA",
-        "git_vision_model": "GIT",
-        "idefics3_vision": "Idefics3",
-        "ijepa": "I-JEPA",
-        "instructblip_vision_model": "InstructBLIP",
-        "instructblipvideo_vision_model": "InstructBLIP",
-        "internvl_vision": "InternVL",
-        "janus_vision_model": "Janus",
-        "kosmos_2_vision_model": "Kosmos-2",
-        "metaclip_2": "MetaCLIP 2",
-        "metaclip_2_vision_model": "MetaCLIP 2",
-        "mlcd_vision_model": "MLCD",
-        "pixio": "Pixio",
-        "owlv2_vision_model": "OWLv2",
-        "owlvit_vision_model": "OWL-ViT",
-        "idefics2_vision": "Idefics2",
-        "smolvlm_vision": "SmolVLM",
-        "siglip": "SigLIP",
-        "siglip_vision_model": "SigLIP",
-        "tipsv2_vision_model": "TIPS v2",
-        "videomae": "VideoMAE",
-        "vit": "ViT",
-        "vit_mae": "ViT-MAE",
-        "vit_msn": "ViT-MSN",
-        "vivit": "ViViT",
-    }
+_TITLES = (
+    "aimv2_vision_model=AIMv2, altclip_vision_model=AltCLIP, beit=BEiT, blip_2_vision_model=BLIP-2, "
+    "blip_vision_model=BLIP, chinese_clip_vision_model=Chinese-CLIP, clip=CLIP, clip_vision_model=CLIP, "
+    "clipseg_vision_model=CLIPSeg, data2vec-vision=Data2Vec, deit=DeiT, dinov2=DINOv2, "
+    "dinov2_with_registers=DINOv2 with registers, dinov3_vit=DINOv3, dpt=DPT, flava_image_model=FLAVA, "
+    "git_vision_model=GIT, idefics3_vision=Idefics3, ijepa=I-JEPA, instructblip_vision_model=InstructBLIP, "
+    "instructblipvideo_vision_model=InstructBLIP, internvl_vision=InternVL, janus_vision_model=Janus, "
+    "kosmos_2_vision_model=Kosmos-2, metaclip_2=MetaCLIP 2, metaclip_2_vision_model=MetaCLIP 2, "
+    "mlcd_vision_model=MLCD, pixio=Pixio, owlv2_vision_model=OWLv2, owlvit_vision_model=OWL-ViT, "
+    "idefics2_vision=Idefics2, smolvlm_vision=SmolVLM, siglip=SigLIP, siglip_vision_model=SigLIP, "
+    "tipsv2_vision_model=TIPS v2, videomae=VideoMAE, vit=ViT, vit_mae=ViT-MAE, vit_msn=ViT-MSN, vivit=ViViT"
 )
+TITLES: Mapping[str, str] = MappingProxyType(dict(pair.split("=", 1) for pair in _TITLES.split(", ")))
 """Model type of the configuration -> title; others are called by their type."""
 
 READS_CLASS_TOKEN = (
-    "ViTForImageClassification",
-    "DeiTForImageClassification",
-    "DeiTForImageClassificationWithTeacher",
-    "ViTMSNForImageClassification",
-    "VivitForVideoClassification",
+    *("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+    *("ViTMSNForImageClassification", "VivitForVideoClassification"),
 )
 """Classifiers that read prefix tokens alone, so that what leaves the last block is free."""
 
