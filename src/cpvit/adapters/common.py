@@ -185,6 +185,7 @@ def timm_host(model: HostModule, family: str, blocks: Sequence[HostBlock], **mor
         walkers=WALKERS,
         forbidden=FORBIDDEN,
         head="forward_head",
+        num_classes=model.num_classes,
         **more,
     )
 

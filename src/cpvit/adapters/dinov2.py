@@ -67,14 +67,14 @@ def open_dinov2(model: nn.Module) -> Host | None:
         discards_patches=not isinstance(vit.head, nn.Identity),
         walkers=("get_intermediate_layers",),
         blocked=_why_blocked,
+        num_classes=getattr(vit.head, "out_features", 0),
         architecture=f"DinoVisionTransformer-{len(blocks)}x{vit.embed_dim}-patch{vit.patch_size}",
         resizing="set model.patch_embed.img_size = (height, width) first",
     )
 
 
 def _size(vit: Any) -> tuple[int, int]:
-    height, width = vit.patch_embed.img_size
-    return int(height), int(width)
+    return int(vit.patch_embed.img_size[0]), int(vit.patch_embed.img_size[1])
 
 
 def _why_blocked(host: Host, extra: HostArguments) -> str | None:

@@ -107,6 +107,7 @@ def _open(model: Any, tower: Tower, names: Sequence[str]) -> Host:
         positional=_positional(layers[0]),
         output=tensor_of,
         blocked=why_blocked,
+        num_classes=model.config.num_labels if hasattr(model, "classifier") else 0,
         architecture=_architecture(model, config, len(layers)),
         reads_values=_makes_mask(module),
         grid_reader=_grid_reader(model),
@@ -213,8 +214,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width."""
     if isinstance(size, int):
         return size, size
-    height, width = size
-    return int(height), int(width)
+    return int(size[0]), int(size[1])
 
 
 def _architecture(model: nn.Module, config: Any, depth: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,9 +197,7 @@ class TransformersBlock:
     def _own_bias(self, positions: Tensor | None, extra: HostArguments) -> Tensor:
         """What the host's module of relative positions gives for the whole image: [1 H P+N0 P+N0]."""
         assert self.parts.bias is not None
-        patch = self.module.patch_size if isinstance(getattr(self.module, "patch_size", None), int) else None
-        patch = self.attn.config.patch_size if patch is None else patch
-        resolution: Any = extra["resolution"]
+        patch, resolution = self.attn.config.patch_size, cast("tuple[int, int]", extra["resolution"])
         window = (resolution[0] // patch, resolution[1] // patch)
         tokens = self.num_prefix + window[0] * window[1]
         bias: Tensor = part(self.module, self.parts.bias)(
@@ -288,16 +286,13 @@ def refuse_masks(extra: HostArguments) -> None:
     While exporting, transformers builds a mask that masks nothing (it drops it otherwise, where it can look
     at it): that one is not an argument of the user's, and is left out of the exported graph.
     """
-    given = [name for name in ("attention_mask", "is_causal") if _is_given(extra.get(name))]
+    values = {name: extra.get(name) for name in ("attention_mask", "is_causal")}
+    given = [name for name, value in values.items() if value is not None and value is not False]
     if given and not _exporting():
         raise ValueError(_SPEAKS_OF_PATCHES.format(" and ".join(given)))
 
 
 _SPEAKS_OF_PATCHES = "a pruned model cannot take {}: it speaks of patches that may have left"
-
-
-def _is_given(value: object) -> bool:
-    return value is not None and value is not False
 
 
 def _exporting() -> bool:

@@ -149,8 +149,7 @@ def _unknown(owner: nn.Module, inner: str, *, inside: bool, outside: bool) -> st
     for name, child in owner.named_children():
         known = name == inner or isinstance(child, nn.Identity) or "norm" in type(child).__name__.lower()
         known = known or (not inside and not outside and any(word in name for word in (*EMBEDS, *POOLS)))
-        known = known or (not inside and name in READS_TOKEN_BY_TOKEN)
-        if not known:
+        if not known and (inside or name not in READS_TOKEN_BY_TOKEN):
             return name
     return None
 

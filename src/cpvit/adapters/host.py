@@ -126,6 +126,8 @@ class Host:
     blocked: Callable[[Host, HostArguments], str | None] = _never
     """Why this forward cannot be pruned, from the host's settings and the arguments of its first block; None
     if it can. A function of the host, not a closure over a model, so that it stays right in a copied model."""
+    num_classes: int = 0
+    """Of the classifier; 0 if there is none."""
     architecture: str = ""
     """The model's name, where it does not carry one itself."""
     resizing: str = ""

@@ -100,6 +100,7 @@ def open_torchvision_vit(model: nn.Module) -> Host | None:
         image_shape=(_channels(model), model.image_size, model.image_size),
         pools_patches=False,
         discards_patches=True,
+        num_classes=model.num_classes,
         architecture=_architecture(model, len(blocks)),
     )
 

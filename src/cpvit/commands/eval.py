@@ -16,9 +16,10 @@ from cpvit.commands.common import (
     write_record,
 )
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
-from cpvit.commands.tables import eval_text
-from cpvit.measure.evaluate import evaluate
+from cpvit.commands.tables import eval_text, saved_eval_text
+from cpvit.measure.evaluate import evaluate, evaluate_pruned
 from cpvit.plans.config import PruneConfig
+from cpvit.pruning.prune import plan_of
 
 
 def run(
@@ -32,6 +33,8 @@ def run(
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
 
+    A folder that save_pruned wrote is evaluated as it is: of heads that were cut the dense weights are not in it.
+
     Started by torchrun, each process evaluates a share of the images.
 
     Args:
@@ -43,6 +46,15 @@ def run(
         network = build_model(model, data=data.data)
         batches = build_batches(network, data, preprocessing, processes)
         config = planned(pruning, plan)
+        if plan_of(network) is not None:
+            if plan is not None or pruning != PruneConfig():
+                raise ValueError(
+                    f"{model.model} holds a pruned model and its plan; leave out --plan, --method, --macs and the like"
+                )
+            alone = evaluate_pruned(network, batches, seed=data.seed, progress=progress, processes=processes)
+            print(saved_eval_text(alone))
+            write_record(alone, json, processes)
+            return
         statistics = build_calibration(
             network,
             calibration,

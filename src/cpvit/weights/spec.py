@@ -43,7 +43,7 @@ class ModelSpec:
     arguments: dict[str, Any]
     """Of ``timm.create_model``, of the class (torchvision), or of the configuration (transformers)."""
     preprocessing: dict[str, Any]
-    """timm's image preprocessing of the model; empty for the other libraries."""
+    """The image preprocessing of the model in timm's words; empty if it is not known."""
 
 
 def infer_model_spec(host: Host, plan: Plan, arguments: Mapping[str, object] | None = None) -> ModelSpec:
@@ -85,7 +85,10 @@ def build(spec: ModelSpec) -> nn.Module:
     }
     if spec.library not in builders:
         raise ValueError(f"library must be one of {', '.join(builders)}, got {spec.library!r}")
-    return builders[spec.library](spec).eval()
+    model = builders[spec.library](spec).eval()
+    if spec.preprocessing and spec.library != "timm":
+        vars(model)["pretrained_cfg"] = _tuples(spec.preprocessing)
+    return model
 
 
 def _infer(host: Host, plan: Plan) -> ModelSpec:
@@ -130,8 +133,13 @@ def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
         (module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0
     ):
         arguments["drop_path_rate"] = rate  # the deepest block's
-    kept = {key: model.pretrained_cfg[key] for key in PREPROCESSING if key in model.pretrained_cfg}
-    return ModelSpec("timm", name, _plain(arguments), _plain(kept))
+    return ModelSpec("timm", name, _plain(arguments), _preprocessing(model))
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """What is saved of a model's ``pretrained_cfg``."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return _plain({key: config[key] for key in PREPROCESSING if key in config})
 
 
 def _build_timm(spec: ModelSpec) -> nn.Module:
@@ -154,7 +162,7 @@ def _infer_torchvision(host: Host, plan: Plan) -> ModelSpec:
     )
     arguments = {name: getattr(model, name) for name in names}
     arguments |= {"num_layers": host.depth, "num_heads": plan.num_heads[0]}
-    return ModelSpec("torchvision", "VisionTransformer", _plain(arguments), {})
+    return ModelSpec("torchvision", "VisionTransformer", _plain(arguments), _preprocessing(model))
 
 
 def _build_torchvision(spec: ModelSpec) -> nn.Module:
@@ -172,7 +180,12 @@ def _infer_transformers(model: Any) -> ModelSpec:
     kind = type(model)
     inner = kind.__module__.removeprefix(_TRANSFORMERS_MODELS)
     exported = getattr(sys.modules["transformers"], kind.__name__, None) is kind
-    return ModelSpec("transformers", kind.__name__ if exported else f"{inner}.{kind.__name__}", values, {})
+    return ModelSpec(
+        "transformers",
+        kind.__name__ if exported else f"{inner}.{kind.__name__}",
+        values,
+        _preprocessing(model),
+    )
 
 
 def _build_transformers(spec: ModelSpec) -> nn.Module:
