@@ -18,10 +18,13 @@ VERBS = sorted(path.stem for path in (ROOT / "commands").glob("*.py"))
 SHARED_ADAPTERS = {"__init__", "host", "refusals", "common"}
 BUILT_ON = {
     "timm_relpos": {"timm_vit"},
-    "hf": {"hf_families", "hf_layer"},
-    "hf_layer": {"hf_families"},
+    "open_clip": {"torchvision_vit"},
+    "dinov2": {"timm_vit"},
+    "hf": {"hf_families", "hf_layer", "hf_parts", "hf_tower"},
+    "hf_layer": {"hf_parts"},
+    "hf_tower": {"hf_parts"},
 }
-"""The one adapter that extends another, a ViT block with a bias; and the parts of the one for transformers."""
+"""The adapters that extend the block of another, and the parts of the one for transformers."""
 SHARED_COMMANDS = {"__init__", "common", "options", "tables"}
 FLOORS = (
     "attention",

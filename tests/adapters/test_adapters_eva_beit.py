@@ -389,10 +389,10 @@ def test_ways_around_the_cascade_are_closed(name: str) -> None:
     model = make(name)
     images = images_for(model)
     prune_(model, PruneConfig(keep_rate=0.5))
-    with pytest.raises(
-        PruningBypassError, match="forward_intermediates would run the blocks without pruning"
-    ):
+    with pytest.raises(PruningBypassError, match="forward_intermediates would lay the patches out as a map"):
         model.forward_intermediates(images)
+    with pytest.raises(PruningBypassError, match="prune_intermediate_layers would run the blocks without"):
+        model.prune_intermediate_layers(1)
     with pytest.raises(PruningBypassError, match="called directly"):
         model.blocks[0](torch.zeros(1, 25, 24))
 

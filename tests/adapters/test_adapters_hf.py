@@ -145,10 +145,6 @@ def tower(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
 
 
-def test_every_supported_class_is_tested() -> None:
-    assert set(BUILDERS) == set(hf_families.MODELS)
-
-
 def test_host_describes_the_model(model: nn.Module) -> None:
     host = open_host(model)
     family = next(
@@ -400,27 +396,67 @@ def test_an_exported_graph_masks_nothing() -> None:
     assert all(len(node.args) < 4 and "attn_mask" not in node.kwargs for node in fused)
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_recording_layers_is_refused(tower: nn.Module, name: str) -> None:
+def test_recording_attention_is_refused(tower: nn.Module) -> None:
     cpvit.prune_(tower, cpvit.PruneConfig(keep_rate=0.5))
-    with pytest.raises(cpvit.PruningBypassError, match=f"{name} is recorded by hooks.*would come back empty"):
-        tower(images_for(tower), **{name: True})
+    with pytest.raises(
+        cpvit.PruningBypassError, match=r"output_attentions is recorded by hooks.*come back empty"
+    ):
+        tower(images_for(tower), output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_recording_layers_by_configuration_is_refused(tower: nn.Module, name: str) -> None:
+def test_recording_attention_by_configuration_is_refused(tower: nn.Module) -> None:
     cpvit.prune_(tower, cpvit.PruneConfig(keep_rate=0.5))
     tower.set_attn_implementation("eager")  # transformers allows recorded attention only there
-    setattr(tower.config, name, True)
-    with pytest.raises(cpvit.PruningBypassError, match=name):
+    tower.config.output_attentions = True
+    with pytest.raises(cpvit.PruningBypassError, match="output_attentions"):
         tower(images_for(tower))
-    tower(images_for(tower), **{name: False})
+    tower(images_for(tower), output_attentions=False)
 
 
-def test_recording_layers_is_refused_through_a_classifier(model: nn.Module) -> None:
-    cpvit.prune_(model, cpvit.PruneConfig(keep_rate=0.5))
-    with pytest.raises(cpvit.PruningBypassError, match="output_hidden_states"):
-        model(images_for(model), output_hidden_states=True)
+def hidden_states(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return model(images, output_hidden_states=True).hidden_states
+
+
+def test_hidden_states_are_the_tokens_that_leave_each_block(model: nn.Module) -> None:
+    images, keep = images_for(model), (11, 6, 6)
+    dense = hidden_states(model, images)
+    cpvit.prune_(model, cpvit.PruneConfig(keep_per_block=keep))
+    got, num_prefix = hidden_states(model, images), open_host(model).num_prefix
+    assert [tokens.shape[1] - num_prefix for tokens in got] == [open_host(model).num_patches, *keep]
+    assert torch.equal(got[0], dense[0])
+
+
+@pytest.mark.parametrize("method", ["cpvit", "tome"])
+def test_hidden_states_of_dense_features_are_the_full_grid(tower: nn.Module, method: str) -> None:
+    if getattr(tower, "head", None) is not None:
+        tower.head, tower.use_head = None, False
+    images, num_prefix = images_for(tower), open_host(tower).num_prefix
+    cpvit.prune_(tower, cpvit.PruneConfig(keep_rate=0.5, method=method))
+    with cpvit.record(tower) as trace:
+        short = hidden_states(tower, images)
+    cpvit.prune_(tower, cpvit.PruneConfig(keep_rate=0.5, method=method), dense_features=True)
+    grids = hidden_states(tower, images)
+    assert all(grid.shape[1] == open_host(tower).num_tokens for grid in grids)
+    for grid, tokens, positions in zip(grids[1:], short[1:], trace.survivors, strict=True):
+        here = positions[:, :, None].expand(*positions.shape, 24) + num_prefix
+        assert torch.equal(grid.gather(1, here), tokens[:, num_prefix:])
+
+
+def test_keeping_everything_hidden_states_are_the_hosts(model: nn.Module) -> None:
+    images = images_for(model)
+    dense = hidden_states(model, images)
+    cpvit.prune_(model, cpvit.PruneConfig(keep_rate=1.0))
+    for got, expected in zip(hidden_states(model, images), dense, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_hook_that_returns_something_else_is_refused() -> None:
+    model = build("ViTModel")
+    model.layers[1].register_forward_hook(lambda module, args, output: output * 2)
+    cpvit.prune_(model, cpvit.PruneConfig(keep_rate=0.5), verify=False)
+    with pytest.raises(cpvit.PruningBypassError, match="hook on block 1 of a pruned model returns something"):
+        model(images_for(model))
 
 
 def test_recording_layers_works_again_after_unprune(tower: nn.Module) -> None:
@@ -548,13 +584,14 @@ def test_a_subclass_of_a_known_model_is_known() -> None:
     [
         (
             lambda: clip_both("CLIPModel"),
-            r"CLIPModel cannot be pruned: it has two towers.*prune_\(model.vision_model",
+            r"CLIPModel cannot be pruned: it has 2 stacks of layers.*prune_\(model.vision_model",
         ),
-        (lambda: siglip_both("SiglipModel"), r"SiglipModel.*two towers"),
-        (lambda: dinov2("Dinov2Backbone"), "Dinov2Backbone.*every stage; use Dinov2Model"),
-        (lambda: registers("Dinov2WithRegistersBackbone"), "every stage; use Dinov2WithRegistersModel"),
-        (lambda: vit("ViTForMaskedImageModeling"), "decodes every patch"),
-        (lambda: deit("DeiTForMaskedImageModeling"), "decodes every patch"),
+        (lambda: siglip_both("SiglipModel"), r"SiglipModel.*2 stacks of layers"),
+        (
+            lambda: vit("ViTForMaskedImageModeling"),
+            r"its decoder \(Sequential\) may need every patch.*prune_\(model.vit, ..., dense_features=True\)",
+        ),
+        (lambda: deit("DeiTForMaskedImageModeling"), "its decoder"),
         (
             lambda: transformers.Siglip2VisionModel(
                 transformers.Siglip2VisionConfig(**COMMON, num_patches=16)
@@ -563,7 +600,7 @@ def test_a_subclass_of_a_known_model_is_known() -> None:
         ),
         (
             lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
-            r"CLIPTextModel \(transformers\) is not known to cpvit; give one of ViTModel, .*image tower alone",
+            r"CLIPTextModel cannot be pruned: it reads input_ids first; give a model, or a tower, that sees",
         ),
     ],
 )
@@ -573,7 +610,7 @@ def test_what_cannot_be_pruned_is_refused_with_a_reason(make: Callable[[], nn.Mo
 
 
 @pytest.mark.parametrize("name", hf_families.REFUSED)
-def test_every_refused_class_exists_and_is_refused_by_name(name: str) -> None:
+def test_every_class_refused_by_name_exists(name: str) -> None:
     assert getattr(transformers, name)
     stand_in = type(name, (nn.Module,), {"__module__": "transformers.models"})()
     with pytest.raises(UnsupportedModelError, match=rf"^{name} cannot be pruned: it "):
@@ -596,7 +633,7 @@ def test_a_changed_layer_is_refused() -> None:
     model = build("ViTModel")
     model.layers[1].attention = Odd()
     with pytest.raises(
-        UnsupportedModelError, match="layer 1 of ViTModel is a ViTLayer with Odd, which cannot"
+        UnsupportedModelError, match="ViTModel cannot be pruned: Odd has no projections of query"
     ):
         open_host(model)
 

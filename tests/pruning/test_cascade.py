@@ -30,12 +30,51 @@ def pruned() -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])
-def test_methods_that_walk_the_blocks_are_refused(pruned: Any, images: Tensor, name: str) -> None:
-    with pytest.raises(
-        PruningBypassError, match=f"{name} would run the blocks without pruning; call unprune_"
+def test_maps_of_inner_blocks_need_the_full_grid(pruned: Any, images: Tensor) -> None:
+    message = (
+        "{} would lay the patches out as a map, and some have left; prune the model with dense_features=True"
+    )
+    with pytest.raises(PruningBypassError, match=message.format("forward_intermediates")):
+        pruned.forward_intermediates(images)
+    with pytest.raises(PruningBypassError, match=message.format("get_intermediate_layers")):
+        pruned.get_intermediate_layers(images, reshape=True)
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_inner_blocks_give_the_tokens_that_leave_them(pruned: Any, images: Tensor, stop_early: bool) -> None:
+    inner = pruned.forward_intermediates(
+        images, [0, 1], output_fmt="NLC", intermediates_only=True, stop_early=stop_early
+    )
+    assert [tokens.shape[1] for tokens in inner] == [30, 20]
+    (last,) = pruned.get_intermediate_layers(images, [2], norm=True)
+    assert torch.equal(last, pruned.forward_features(images)[:, 1:])
+
+
+@pytest.mark.parametrize("method", ["cpvit", "tome"])
+def test_inner_blocks_give_maps_of_dense_features(images: Tensor, method: str) -> None:
+    model = tiny_vit()
+    config = PruneConfig(keep_per_block=(30, 20, 12), method=method)
+    prune_(model, config, dense_features=True)
+    with record(model) as trace:
+        final, maps = model.forward_intermediates(images, norm=True)
+    assert [tuple(grid.shape) for grid in maps] == [(len(images), 30, 5, 7)] * 3
+    assert torch.equal(final, model.forward_features(images))
+    assert torch.equal(maps[-1].flatten(2).transpose(1, 2), final[:, 1:])
+    prune_(model, config)
+    tokens = model.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True)
+    for grid, survivors, positions in zip(maps, tokens, trace.survivors, strict=True):
+        here = positions[:, :, None].expand_as(survivors)
+        torch.testing.assert_close(grid.flatten(2).transpose(1, 2).gather(1, here), survivors)
+
+
+def test_keeping_everything_inner_blocks_give_the_hosts_maps(images: Tensor) -> None:
+    model = tiny_vit()
+    expected = model.forward_intermediates(images, intermediates_only=True)
+    prune_(model, PruneConfig(keep_rate=1.0), dense_features=True)
+    for got, there in zip(
+        model.forward_intermediates(images, intermediates_only=True), expected, strict=True
     ):
-        getattr(pruned, name)(images)
+        torch.testing.assert_close(got, there)
 
 
 @pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])

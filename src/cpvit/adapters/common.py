@@ -14,15 +14,18 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpvit.adapters.host import HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.host import HeadParameter, Host, HostBlock, UnsupportedModelError
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
 HostModule: TypeAlias = Any
 """A module of timm's: an ``nn.Module`` whose attributes carry no types."""
 
-WALKERS = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
-"""Methods of timm's models that walk the blocks by themselves."""
+WALKERS = ("forward_intermediates", "get_intermediate_layers")
+"""Methods of timm's models that return what leaves inner blocks."""
+
+FORBIDDEN = ("prune_intermediate_layers",)
+"""Methods of timm's models that take blocks out."""
 
 SHARED_BIAS = (
     "heads cannot be pruned in this model: all blocks share one relative position bias per head, so that a "
@@ -162,6 +165,28 @@ def random_patches(host: Host, extra: HostArguments) -> str | None:
     return (
         f"{host.name} drops random patches while it trains (patch_drop_rate), before any could be scored; "
         "set model.patch_drop.prob = 0"
+    )
+
+
+def timm_host(model: HostModule, family: str, blocks: Sequence[HostBlock], **more: Any) -> Host:
+    """What timm's families have in common, and ``more`` fields of the host."""
+    return Host(
+        family=family,
+        model=model,
+        parent=model,
+        attribute="blocks",
+        blocks=tuple(blocks),
+        num_prefix=model.num_prefix_tokens,
+        grid=grid_of(model),
+        image_shape=image_shape(model),
+        pools_patches=pools_patches(model),
+        discards_patches=discards_patches(model),
+        pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
+        walkers=WALKERS,
+        forbidden=FORBIDDEN,
+        head="forward_head",
+        num_classes=model.num_classes,
+        **more,
     )
 
 

@@ -98,9 +98,9 @@ class Host:
     num_prefix: int
     """Class, distillation and register tokens at the front of the sequence: never pruned."""
     grid: tuple[int, int]
-    """Patch rows and columns."""
-    image_shape: tuple[int, int, int]
-    """Channels, height, width of one input image."""
+    """Patch rows and columns; of a video the rows of all its frames."""
+    image_shape: tuple[int, ...]
+    """Channels, height, width of one input image; of a video its frames come first."""
     pools_patches: bool
     """Whether the head reads patches (average or attention pooling): merged ones are then spread out again."""
     discards_patches: bool = False
@@ -108,9 +108,17 @@ class Host:
     pool_token_macs: int = 0
     """MACs the head spends per patch it reads (attention pooling)."""
     forbidden: tuple[str, ...] = ()
-    """Methods of ``model`` that would walk the blocks by themselves and bypass the pruning."""
+    """Methods of ``model`` that take blocks out of it and bypass the pruning."""
+    walkers: tuple[str, ...] = ()
+    """Methods of ``model`` that iterate over the blocks as its forward does, and return what leaves inner ones."""
     positional: tuple[str, ...] = ()
     """Names of the arguments the host passes to its blocks by position, after the tokens."""
+    reads_values: bool = False
+    """Whether the model's forward looks at values of tensors, so that it cannot run on the meta device."""
+    grid_reader: str = ""
+    """Why the model can only be pruned with dense_features=True: who reads every patch in its place."""
+    in_tuple: bool = False
+    """Whether the host's blocks return a tuple, of which the tokens are the first."""
     head: str = ""
     """Method of ``model`` that reads the tokens after the blocks, where it is one apart (timm's forward_head)."""
     output: Callable[[Any], Tensor] = _as_it_is
@@ -118,6 +126,8 @@ class Host:
     blocked: Callable[[Host, HostArguments], str | None] = _never
     """Why this forward cannot be pruned, from the host's settings and the arguments of its first block; None
     if it can. A function of the host, not a closure over a model, so that it stays right in a copied model."""
+    num_classes: int = 0
+    """Of the classifier; 0 if there is none."""
     architecture: str = ""
     """The model's name, where it does not carry one itself."""
     resizing: str = ""

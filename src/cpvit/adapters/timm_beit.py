@@ -13,25 +13,21 @@ from torch import Tensor, nn
 
 from cpvit.adapters.common import (
     SHARED_BIAS,
-    WALKERS,
     HostModule,
     bias_heads,
     check_blocks,
     check_stem,
-    discards_patches,
     dropout_of,
     fused_qkv,
-    grid_of,
-    image_shape,
     linear_heads,
     linear_macs,
     look_up,
     pair_index,
-    pools_patches,
     project_out,
     refuse_masks,
     scaled,
     split_heads,
+    timm_host,
 )
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.attention import AttentionInputs
@@ -144,18 +140,5 @@ def open_timm_beit(model: nn.Module) -> Host | None:
     check_stem(model)
     check_blocks(model, (beit.Block,), (beit.Attention,))
     shared = model.rel_pos_bias is not None
-    return Host(
-        family="timm BEiT",
-        model=model,
-        parent=model,
-        attribute="blocks",
-        blocks=tuple(BeitBlock(block, shared_bias=shared) for block in model.blocks.children()),
-        num_prefix=model.num_prefix_tokens,
-        grid=grid_of(model),
-        image_shape=image_shape(model),
-        pools_patches=pools_patches(model),
-        discards_patches=discards_patches(model),
-        forbidden=WALKERS,
-        head="forward_head",
-        positional=(SHARED,),
-    )
+    blocks = [BeitBlock(block, shared_bias=shared) for block in model.blocks.children()]
+    return timm_host(model, "timm BEiT", blocks, positional=(SHARED,))

@@ -16,27 +16,22 @@ from timm.models import eva
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
-    WALKERS,
     HostModule,
     bias_heads,
     check_blocks,
     check_stem,
-    discards_patches,
     dropout_of,
     fused_qkv,
     gate_of,
-    grid_of,
-    image_shape,
     linear_heads,
     linear_macs,
-    pool_token_macs,
-    pools_patches,
     project_out,
     random_patches,
     refuse_inner_norm,
     refuse_masks,
     scaled,
     split_heads,
+    timm_host,
 )
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.attention import AttentionInputs
@@ -186,20 +181,7 @@ def open_timm_eva(model: nn.Module) -> Host | None:
     check_stem(model)
     check_blocks(model, (eva.EvaBlock, eva.EvaBlockPostNorm), ATTENTIONS)
     rope_per_head = bool(getattr(model, "rope_mixed", False))
-    return Host(
-        family="timm EVA",
-        model=model,
-        parent=model,
-        attribute="blocks",
-        blocks=tuple(EvaBlock(block, rope_per_head=rope_per_head) for block in model.blocks.children()),
-        num_prefix=model.num_prefix_tokens,
-        grid=grid_of(model),
-        image_shape=image_shape(model),
-        pools_patches=pools_patches(model),
-        discards_patches=discards_patches(model),
-        pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
-        forbidden=WALKERS,
-        head="forward_head",
-        blocked=random_patches,
-        positional=("rope", "attn_mask", "is_causal"),
+    blocks = [EvaBlock(block, rope_per_head=rope_per_head) for block in model.blocks.children()]
+    return timm_host(
+        model, "timm EVA", blocks, blocked=random_patches, positional=("rope", "attn_mask", "is_causal")
     )

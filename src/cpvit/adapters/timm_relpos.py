@@ -17,19 +17,15 @@ from torch import Tensor, nn
 
 from cpvit.adapters.common import (
     SHARED_BIAS,
-    WALKERS,
     HostModule,
     check_blocks,
     check_stem,
-    discards_patches,
-    grid_of,
-    image_shape,
     linear_heads,
     linear_macs,
     look_up,
     pair_index,
-    pools_patches,
     refuse_masks,
+    timm_host,
 )
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
 from cpvit.adapters.timm_vit import TimmBlock
@@ -95,18 +91,5 @@ def open_timm_relpos(model: nn.Module) -> Host | None:
     check_stem(model)
     check_blocks(model, (relpos.RelPosBlock, relpos.ResPostRelPosBlock), (relpos.RelPosAttention,))
     prefix = int(model.num_prefix_tokens)
-    return Host(
-        family="timm ViT with relative positions",
-        model=model,
-        parent=model,
-        attribute="blocks",
-        blocks=tuple(RelPosBlock(block, num_prefix=prefix) for block in model.blocks.children()),
-        num_prefix=prefix,
-        grid=grid_of(model),
-        image_shape=image_shape(model),
-        pools_patches=pools_patches(model),
-        discards_patches=discards_patches(model),
-        forbidden=WALKERS,
-        head="forward_head",
-        positional=(SHARED,),
-    )
+    blocks = [RelPosBlock(block, num_prefix=prefix) for block in model.blocks.children()]
+    return timm_host(model, "timm ViT with relative positions", blocks, positional=(SHARED,))

@@ -12,24 +12,19 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
-    WALKERS,
     HostModule,
     check_blocks,
     check_stem,
-    discards_patches,
     dropout_of,
     gate_of,
-    grid_of,
-    image_shape,
     linear_heads,
     linear_macs,
-    pool_token_macs,
-    pools_patches,
     project_out,
     random_patches,
     refuse_inner_norm,
     refuse_masks,
     split_heads,
+    timm_host,
 )
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host
 from cpvit.attention import AttentionInputs
@@ -114,19 +109,5 @@ def open_timm_vit(model: nn.Module) -> Host | None:
         return None
     check_stem(model)
     check_blocks(model, (vit.Block, vit.ResPostBlock), (vit.Attention,))
-    return Host(
-        family="timm ViT",
-        model=model,
-        parent=model,
-        attribute="blocks",
-        blocks=tuple(TimmBlock(block) for block in model.blocks.children()),
-        num_prefix=model.num_prefix_tokens,
-        grid=grid_of(model),
-        image_shape=image_shape(model),
-        pools_patches=pools_patches(model),
-        discards_patches=discards_patches(model),
-        pool_token_macs=pool_token_macs(getattr(model, "attn_pool", None)),
-        forbidden=WALKERS,
-        head="forward_head",
-        blocked=random_patches,
-    )
+    blocks = [TimmBlock(block) for block in model.blocks.children()]
+    return timm_host(model, "timm ViT", blocks, blocked=random_patches)

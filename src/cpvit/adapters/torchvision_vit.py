@@ -45,7 +45,7 @@ class EncoderBlockView:
         attn = self.attn
         projected = F.linear(self.module.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
         query, key, value = split_heads(projected, attn.num_heads)
-        dropout = float(attn.dropout) if attn.training else 0.0
+        dropout = float(getattr(attn, "dropout", 0)) if attn.training else 0.0
         return AttentionInputs(query, key, value, scale=query.shape[-1] ** -0.5, dropout=dropout)
 
     def attention_residual(self, x: Tensor, inputs: AttentionInputs, out: Tensor) -> Tensor:
@@ -100,6 +100,7 @@ def open_torchvision_vit(model: nn.Module) -> Host | None:
         image_shape=(_channels(model), model.image_size, model.image_size),
         pools_patches=False,
         discards_patches=True,
+        num_classes=model.num_classes,
         architecture=_architecture(model, len(blocks)),
     )
 

@@ -27,6 +27,7 @@ from cpvit.plans.escalation import Escalation, load_plan
 from cpvit.plans.plan import Plan
 from cpvit.pruning.calibrate import calibrate
 from cpvit.weights.create import create_model
+from cpvit.weights.libraries import is_saved_folder
 from cpvit.weights.loading import load_checkpoint
 from cpvit.weights.reading import head_classes
 
@@ -64,7 +65,10 @@ def open_model(options: ModelOptions, *, data: str | None = None, weights_needed
     """:func:`build_model`, opened."""
     if options.checkpoint is not None and options.pretrained:
         raise ValueError("give --checkpoint or --pretrained, not both")
-    if weights_needed and options.checkpoint is None and not options.pretrained:
+    brings_weights = is_saved_folder(options.model)
+    if brings_weights and (options.checkpoint is not None or options.pretrained):
+        raise ValueError(f"{options.model} brings its weights; leave out --checkpoint and --pretrained")
+    if weights_needed and options.checkpoint is None and not options.pretrained and not brings_weights:
         raise ValueError(
             "random weights have no accuracy to measure: give --checkpoint FILE, or --pretrained"
         )
@@ -103,7 +107,7 @@ def _num_classes(options: ModelOptions, data: str | None) -> int | None:
         return options.num_classes
     if options.checkpoint is not None:
         return head_classes(options.checkpoint)
-    return CIFAR_CLASSES.get(data or "")
+    return None if is_saved_folder(options.model) else CIFAR_CLASSES.get(data or "")
 
 
 def image_size_of(size: tuple[int, ...] | None) -> int | tuple[int, int] | None:
@@ -127,7 +131,7 @@ def build_batches(
 ) -> Batches:
     """Labelled batches of what ``--data`` names; of several processes each gets its share."""
     source = open_source(options)
-    classes = int(model.num_classes)  # type: ignore[arg-type]
+    classes, _ = data_shape(model)
     return make_loader(
         source.limited(options.limit, options.seed),
         build_preprocessing(model, preprocessing),
@@ -138,6 +142,12 @@ def build_batches(
         rank=0 if processes is None else processes.rank,
         world_size=1 if processes is None else processes.world_size,
     )
+
+
+def data_shape(model: nn.Module) -> tuple[int, tuple[int, ...]]:
+    """Classes of the model, 0 without a classifier, and height and width of its images."""
+    host = open_host(model)
+    return host.num_classes, host.image_shape[-2:]
 
 
 def open_source(options: DataOptions) -> ImageSource:
@@ -152,6 +162,7 @@ def build_preprocessing(model: nn.Module, options: PreprocessingOptions) -> Prep
     """The model's own preprocessing with the user's changes."""
     return Preprocessing.from_model(
         model,
+        image_size=data_shape(model)[1],
         mean=options.mean,
         std=options.std,
         interpolation=options.interpolation,

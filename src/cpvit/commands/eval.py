@@ -19,12 +19,13 @@ from cpvit.commands.common import (
     write_record,
 )
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
-from cpvit.commands.tables import eval_text, exported_text
+from cpvit.commands.tables import eval_text, exported_text, saved_eval_text
 from cpvit.data import label_map, make_loader
 from cpvit.export.evaluating import evaluate_exported
 from cpvit.export.runtimes import open_exported
-from cpvit.measure.evaluate import evaluate
+from cpvit.measure.evaluate import evaluate, evaluate_pruned
 from cpvit.plans.config import PruneConfig
+from cpvit.pruning.prune import plan_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class EvalModelOptions(ModelOptions):
     """Which model, with which weights, and where it runs."""
 
     model: str = ""
-    """A timm name (deit_tiny_patch16_224 ...) or ViT-B_16, ViT-B_32, ViT-L_16, ViT-L_32, ViT-H_14; with --exported
-    the dense model to compare with, which may be left out."""
+    """As for every command; with --exported the dense model to compare with, which may be left out."""
 
 
 def run(
@@ -47,6 +47,8 @@ def run(
     json: Path | None = None,
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
+
+    A folder that save_pruned wrote is evaluated as it is: of heads that were cut the dense weights are not in it.
 
     Started by torchrun, each process evaluates a share of the images.
 
@@ -67,6 +69,15 @@ def run(
         network = build_model(model, data=data.data)
         batches = build_batches(network, data, preprocessing, processes)
         config = planned(pruning, plan)
+        if plan_of(network) is not None:
+            if plan is not None or pruning != PruneConfig():
+                raise ValueError(
+                    f"{model.model} holds a pruned model and its plan; leave out --plan, --method, --macs and the like"
+                )
+            alone = evaluate_pruned(network, batches, seed=data.seed, progress=progress, processes=processes)
+            print(saved_eval_text(alone))
+            write_record(alone, json, processes)
+            return
         statistics = build_calibration(
             network,
             calibration,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
+    data_shape,
     heads_need_images,
     planned,
     progress,
@@ -25,7 +26,7 @@ from cpvit.export.exporting import ExportOptions, export
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation
 from cpvit.pruning.calibrate import calibrate
-from cpvit.pruning.prune import prune_
+from cpvit.pruning.prune import plan_of, prune_
 
 BY_DEFAULT = ExportOptions()
 
@@ -73,11 +74,16 @@ def run(
         )
     set_seed(images.seed)
     network = build_model(model, weights_needed=False)
-    if model.checkpoint is None and not model.pretrained:
+    if model.checkpoint is None and not model.pretrained and not Path(model.model).is_dir():
         say("no --checkpoint: the weights are random")
+    saved = plan_of(network) is not None
+    if saved and (dense or plan is not None or pruning != PruneConfig()):
+        raise ValueError(
+            f"{model.model} holds a pruned model and its plan; leave out --dense, --plan, --method, --macs and the like"
+        )
     described = build_preprocessing(network, preprocessing)
     samples = _samples(images, described)
-    if not dense:
+    if not (dense or saved):
         assert not isinstance(config, Escalation)
         needed = samples if heads_need_images(config) else None
         prune_(network, config, calibration=None if needed is None else calibrate(network, needed))
@@ -98,8 +104,11 @@ def _samples(options: ExportImages, preprocessing: Preprocessing) -> Tensor | No
 
 
 def class_names(network: nn.Module) -> tuple[str, ...] | None:
-    """ImageNet-1k's, for a timm model with its thousand classes; None for others."""
-    if int(network.num_classes) != 1000:  # type: ignore[arg-type]
+    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
+    names = getattr(getattr(network, "config", None), "id2label", None)
+    if names:
+        return tuple(str(names[number]) for number in sorted(names))
+    if data_shape(network)[0] != 1000:
         return None
     from timm.data import ImageNetInfo
 

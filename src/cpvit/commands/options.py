@@ -12,7 +12,9 @@ class ModelOptions:
     """Which model, with which weights, and where it runs."""
 
     model: str
-    """A timm name (deit_tiny_patch16_224 ...) or ViT-B_16, ViT-B_32, ViT-L_16, ViT-L_32, ViT-H_14."""
+    """A timm name (deit_tiny_patch16_224 ...), ViT-B_16, ViT-B_32, ViT-L_16, ViT-L_32, ViT-H_14, hf:FOLDER_OR_ID,
+    torchvision:vit_b_16, open_clip:ViT-B-32 (with weights open_clip:ViT-B-32:TAG), or a folder that save_pruned or
+    Hugging Face's save_pretrained wrote."""
     checkpoint: Path | None = None
     """Weights: timm or Hugging Face .safetensors, DeiT's or the CP-ViT project's .pth, Google's .npz."""
     pretrained: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cpvit.export.evaluating import ExportedEval
 from cpvit.export.exporting import Exported
 from cpvit.finetune import FinetuneResult
-from cpvit.measure.evaluate import EscalationResult, EvalResult
+from cpvit.measure.evaluate import EscalationResult, EvalResult, SavedEvalResult
 from cpvit.measure.timings import BenchmarkResult, Comparison, Timing
 from cpvit.plans.plan import Plan
 
@@ -81,6 +81,26 @@ def exported_text(result: ExportedEval) -> str:
         )
     if described.plan is not None:
         lines.append(plan_text(described.plan))
+    if result.images_skipped:
+        lines.append(f"skipped {result.images_skipped} unreadable images: {', '.join(result.skipped)}")
+    return "\n".join(lines)
+
+
+def saved_eval_text(result: SavedEvalResult) -> str:
+    """A pruned model alone."""
+    side = result.pruned
+    row = [
+        "pruned",
+        f"{side.top1:.2f}",
+        f"{side.top5:.2f}",
+        f"{side.macs / 1e9:.3f}",
+        f"{side.params / 1e6:.2f}",
+    ]
+    lines = [
+        f"{result.model}, {result.images} images, {result.environment.dtype} on {result.environment.device}",
+        table(["", "top-1 %", "top-5 %", "GMACs", "Mparams"], [row]),
+        plan_text(result.plan),
+    ]
     if result.images_skipped:
         lines.append(f"skipped {result.images_skipped} unreadable images: {', '.join(result.skipped)}")
     return "\n".join(lines)

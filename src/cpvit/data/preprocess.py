@@ -62,17 +62,20 @@ class Preprocessing:
         interpolation: str | None = None,
         crop_pct: float | None = None,
     ) -> Preprocessing:
-        """What timm says the model was trained with; each value may be overridden.
+        """What the model's ``pretrained_cfg`` says it was trained with; each value may be overridden.
+
+        ``create_model`` sets it for the models of all libraries. A model without one needs ``image_size``, ``mean`` and
+        ``std``.
 
         The size is the one the model now takes, which differs from the pretrained one if it was created so.
 
         Example:
             >>> Preprocessing.from_model(model, mean=(0.5,) * 3, std=(0.5,) * 3)  # doctest: +SKIP
         """
-        config = _timm_config(model)
-        size = _model_size(model) or tuple(config["input_size"][1:])
+        config = _timm_config(model, known=mean is not None and std is not None)
+        size = image_size or _model_size(model) or config.get("input_size", (3,))[1:]
         return cls(
-            image_size=_checked_size(model, _pair(image_size) if image_size is not None else size),
+            image_size=_checked_size(model, size),
             mean=_floats(config["mean"] if mean is None else mean),
             std=_floats(config["std"] if std is None else std),
             interpolation=interpolation or config["interpolation"],
@@ -114,17 +117,22 @@ class Preprocessing:
         return cast("Transform", transform)
 
 
-def _timm_config(model: nn.Module) -> dict[str, Any]:
-    """timm's data config; without a `pretrained_cfg` timm would answer ImageNet's values for any model."""
+def _timm_config(model: nn.Module, *, known: bool) -> dict[str, Any]:
+    """timm's data config; ``known``: mean and std are given, so that the rest may be what is usual."""
     if not getattr(model, "pretrained_cfg", None):
+        if known:
+            return dict(_USUAL)
         raise ValueError(
             f"{type(model).__name__} has no pretrained_cfg, so its preprocessing is unknown; "
-            "create it with timm.create_model, or build Preprocessing(image_size, mean, std) yourself"
+            "create it with create_model, or give image_size, mean and std (--mean, --std)"
         )
     from timm.data import resolve_model_data_config
 
     config: dict[str, Any] = resolve_model_data_config(model)
     return config
+
+
+_USUAL = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
 
 def _model_size(model: nn.Module) -> tuple[int, int] | None:
@@ -133,7 +141,7 @@ def _model_size(model: nn.Module) -> tuple[int, int] | None:
     return None if size is None else _pair(size)
 
 
-def _checked_size(model: nn.Module, size: Sequence[int]) -> tuple[int, int]:
+def _checked_size(model: nn.Module, size: int | Sequence[int]) -> tuple[int, int]:
     """Refuse a size that the model's patch embedding would only reject at the first batch."""
     expected = _model_size(model)
     strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", False)

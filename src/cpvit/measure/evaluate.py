@@ -21,7 +21,7 @@ from cpvit.plans.escalation import Escalation
 from cpvit.plans.macs import host_macs
 from cpvit.plans.plan import Plan
 from cpvit.pruning.escalation import escalate_host, mean_macs
-from cpvit.pruning.opening import open_restored, unprune_host
+from cpvit.pruning.opening import open_pruned, open_restored, unprune_host
 from cpvit.pruning.prune import prune_host
 
 T = TypeVar("T")
@@ -133,14 +133,7 @@ def evaluate(
     return EvalResult(
         model=plan.model,
         dense=dense_result,
-        pruned=PrunedResult(
-            top1=pruned.top(1),
-            top5=pruned.top(5),
-            macs=found.macs,
-            params=found.params,
-            tokens_per_block=plan.tokens_per_block,
-            heads_per_block=plan.heads_per_block,
-        ),
+        pruned=_pruned_result(pruned, plan, found.macs, found.params),
         macs_ratio=found.macs / dense_result.macs,
         agreement=agreement(dense, pruned),
         kl=kl_divergence(dense, pruned),
@@ -150,6 +143,67 @@ def evaluate(
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
         escalation=found.escalation,
+    )
+
+
+@dataclass(frozen=True)
+class SavedEvalResult:
+    """One run of :func:`evaluate_pruned`."""
+
+    model: str
+    pruned: PrunedResult
+    images: int
+    images_skipped: int
+    skipped: tuple[str, ...]
+    """Names of the images that could not be read."""
+    plan: Plan
+    environment: Environment
+
+
+def evaluate_pruned(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    processes: Processes | None = None,
+) -> SavedEvalResult:
+    """Evaluate a pruned model as it is, whose dense weights may be lost (``load_pruned`` of a model with cut heads).
+
+    Args:
+        model: A pruned model.
+        batches: Labelled images.
+        seed: Only recorded.
+        progress: Shows how far it is.
+        processes: Those that share the work, as in :func:`evaluate`.
+
+    Raises:
+        ValueError: The model is not pruned, or the images have no labels.
+    """
+    host, container = open_pruned(model)
+    plan = container.plan
+    assert plan is not None, "prune_ leaves a plan with the cascade"
+    predictions = predict(host, batches, title="pruned", progress=progress, processes=processes)
+    skipped = gathered(list(batches.skipped), processes)
+    return SavedEvalResult(
+        model=plan.model,
+        pruned=_pruned_result(predictions, plan, host_macs(host), count_params(model)),
+        images=len(predictions.log_probs),
+        images_skipped=len(skipped),
+        skipped=tuple(skipped),
+        plan=plan,
+        environment=describe_environment(host.device, host.dtype, seed),
+    )
+
+
+def _pruned_result(predictions: Predictions, plan: Plan, macs: int, params: int) -> PrunedResult:
+    return PrunedResult(
+        top1=predictions.top(1),
+        top5=predictions.top(5),
+        macs=macs,
+        params=params,
+        tokens_per_block=plan.tokens_per_block,
+        heads_per_block=plan.heads_per_block,
     )
 
 

@@ -100,6 +100,7 @@ def _small_transformers(kind: str, values: Mapping[str, object]) -> nn.Module:
     found: Any = getattr(transformers, kind)
     patch = values.get("patch_size", 16)
     assert isinstance(patch, int)
+    video = {"num_frames": 4} if "tubelet_size" in values else {}
     small: dict[str, object] = {
         "hidden_size": _width(patch),
         "intermediate_size": 4 * _width(patch),
@@ -108,19 +109,23 @@ def _small_transformers(kind: str, values: Mapping[str, object]) -> nn.Module:
         "image_size": GRID[0] * patch,
         "patch_size": patch,
         "num_labels": CLASSES,
+        **video,
     }
     return _from_config(found, {**values, **small})
 
 
 def _from_config(kind: Any, values: Mapping[str, object]) -> nn.Module:
-    """CLIP and SigLIP classifiers keep the values of the image tower one level down."""
-    if kind.__name__ not in ("CLIPForImageClassification", "SiglipForImageClassification"):
+    """Classifiers of two-tower models keep the values of the image tower one level down."""
+    if not kind.__name__.startswith(_TWO_TOWERS) or not kind.__name__.endswith("ForImageClassification"):
         model: nn.Module = kind(kind.config_class(**values))
         return model
     tower = {name: value for name, value in values.items() if name != "num_labels"}
     labels = {"num_labels": values["num_labels"]} if "num_labels" in values else {}
     classifier: nn.Module = kind(kind.config_class(vision_config=tower, text_config=_TEXT, **labels))
     return classifier
+
+
+_TWO_TOWERS = ("CLIP", "Siglip", "MetaClip2")
 
 
 _TEXT = {
@@ -141,6 +146,9 @@ def _family(family: str, names: str) -> tuple[Case, ...]:
 
 
 _HF_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+_HF_HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
 
 
 _HF_SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
@@ -210,6 +218,50 @@ CASES: tuple[Case, ...] = (
     ),
     _transformers("CLIPVisionModelWithProjection", "transformers CLIP", ", base", patch_size=32),
     _transformers("CLIPForImageClassification", "transformers CLIP", ", large", patch_size=14, **_HF_LARGE),
+    _transformers("DINOv3ViTModel", "transformers DINOv3", ", small", num_register_tokens=4, **_HF_SMALL),
+    _transformers(
+        "DINOv3ViTModel",
+        "transformers DINOv3",
+        ", huge plus",
+        num_register_tokens=4,
+        use_gated_mlp=True,
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+    ),
+    _transformers(
+        "BeitForImageClassification", "transformers BEiT", ", base", use_relative_position_bias=True
+    ),
+    _transformers("BeitModel", "transformers BEiT", ", base", use_shared_relative_position_bias=True),
+    _transformers(
+        "Data2VecVisionForImageClassification",
+        "transformers Data2Vec",
+        ", base",
+        use_relative_position_bias=True,
+    ),
+    _transformers("ViTMSNForImageClassification", "transformers ViT-MSN", ", base"),
+    _transformers("IJepaForImageClassification", "transformers I-JEPA", ", huge", patch_size=14, **_HF_HUGE),
+    _transformers("Aimv2VisionModel", "transformers AIMv2", ", large", patch_size=14, **_HF_LARGE),
+    _transformers(
+        "InternVLVisionModel",
+        "transformers InternVL",
+        ", 300M",
+        patch_size=14,
+        attention_bias=True,
+        layer_scale_init_value=0.1,
+        **_HF_LARGE,
+    ),
+    _transformers("ChineseCLIPVisionModel", "transformers Chinese-CLIP", ", base"),
+    _transformers(
+        "MetaClip2ForImageClassification", "transformers MetaCLIP 2", ", huge", patch_size=14, **_HF_HUGE
+    ),
+    _transformers("AltCLIPVisionModel", "transformers AltCLIP", ", large", patch_size=14, **_HF_LARGE),
+    _transformers("BlipVisionModel", "transformers BLIP", ", base"),
+    _transformers("OwlViTVisionModel", "transformers OWL-ViT", ", base", patch_size=32),
+    _transformers("GitVisionModel", "transformers GIT", ", base"),
+    _transformers("MLCDVisionModel", "transformers MLCD", ", large", patch_size=14, **_HF_LARGE),
+    _transformers("VideoMAEForVideoClassification", "transformers VideoMAE", ", base", tubelet_size=2),
     _transformers("SiglipVisionModel", "transformers SigLIP", ", base"),
     _transformers("SiglipForImageClassification", "transformers SigLIP", ", large", **_HF_LARGE),
 )

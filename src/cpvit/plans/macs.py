@@ -15,7 +15,8 @@ from cpvit.adapters import Host, open_host
 def count_macs(model: nn.Module) -> int:
     """MACs of one image, counted by torch on the model as it is now (everything that is a matmul or conv).
 
-    Runs on the "meta" device: no arithmetic is done and no weight is copied.
+    Runs on the "meta" device: no arithmetic is done and no weight is copied. A host that looks at values (a mask of
+    padded patches) runs once where it is.
 
     Raises:
         RuntimeError: torch counted nothing, which cannot be.
@@ -27,10 +28,18 @@ def host_macs(host: Host) -> int:
     """:func:`count_macs` for a model that is opened already."""
     counter = FlopCounterMode(display=False)
     # In inference mode the counter of torch 2.5 sees whole layers, which it has no formula for: it would say 0.
-    with torch.inference_mode(False), torch.no_grad(), host.in_eval_mode(), sdpa_kernel(SDPBackend.MATH):
-        tensors = _tensors(host.model).items()
-        weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-        image = torch.empty(1, *host.image_shape, device="meta", dtype=host.dtype)
+    # Where the weights are real, gradients keep the attention away from its padded buffers.
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(host.reads_values),
+        host.in_eval_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        device = host.device if host.reads_values else torch.device("meta")
+        weights = {name: tensor.to(device) for name, tensor in _tensors(host.model).items()}
+        image = torch.zeros(
+            1, *host.image_shape, device=device, dtype=host.dtype, requires_grad=host.reads_values
+        )
         with counter:
             torch.func.functional_call(host.model, weights, (image,))
     flops = int(counter.get_total_flops())

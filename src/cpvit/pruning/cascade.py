@@ -6,11 +6,11 @@ meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,24 @@ def sharing(shared: SharedBlocks) -> Iterator[None]:
         _SHARED.reset(token)
 
 
+_WALKING: ContextVar[bool] = ContextVar("_WALKING", default=False)
+
+
+@contextmanager
+def walking() -> Iterator[None]:
+    """A method of the host that returns what leaves inner blocks runs inside: see :meth:`_Run.hand_out`."""
+    token = _WALKING.set(True)
+    try:
+        yield
+    finally:
+        _WALKING.reset(token)
+
+
+def is_walking() -> bool:
+    """Whether such a method runs; never in a compiled graph."""
+    return not torch.compiler.is_compiling() and _WALKING.get()
+
+
 class _Run:
     """One forward pass: the only place where its state is kept."""
 
@@ -114,6 +132,40 @@ class _Run:
         self.next_block = 0
         self.shared = None if torch.compiler.is_compiling() else _SHARED.get()
         self.first_block = 0 if self.shared is None or self.shared.tokens is None else self.shared.count
+        self.hands_out_grids = cascade.dense_features and is_walking()
+        self.handed_out: tuple[Tensor, Tensor] | None = None
+        """The full grid that the host was given after the last block, and the tokens that really left it."""
+
+    def hand_out(self, x: Tensor) -> Tensor:
+        """What the host gets after a block, and gives to the next: the tokens x [B P+n C] that leave it.
+
+        If it collects what leaves inner blocks and the full grid was asked for, it gets the grid [B P+N0 C], and the
+        next block goes on with the tokens.
+        """
+        if not self.hands_out_grids:
+            return x
+        grid = self.for_hooks(x)
+        self.handed_out = (grid, x)
+        return grid
+
+    def _take_back(self, x: Tensor) -> Tensor:
+        if self.handed_out is None:
+            return x
+        grid, tokens = self.handed_out
+        if x is not grid:
+            raise PruningBypassError(
+                f"{self.cascade.host.name} changes its tokens between two blocks, so the full grid of inner blocks "
+                "cannot be given; prune it without dense_features"
+            )
+        return tokens
+
+    def for_hooks(self, x: Tensor) -> Tensor:
+        """What a forward hook on a block sees: the tokens x [B P+n C] that leave it, or the full grid if asked for."""
+        host, state = self.cascade.host, self.state
+        # With blocks shared between two forward passes (a search over plans) the first ones have no state.
+        if state is None or not self.cascade.dense_features or x.shape[1] == host.num_tokens:
+            return x
+        return full_grid(x, state, host.num_prefix)
 
     def step(self, number: int, x: Tensor, extra: dict[str, object]) -> Tensor:
         if number != self.next_block:
@@ -122,6 +174,7 @@ class _Run:
                 "blocks share one cascade per forward pass and cannot be repeated, skipped or checkpointed alone"
             )
         self.next_block += 1
+        x = self._take_back(x)
         if number < self.first_block:
             return x
         if self.shared is not None and number == self.shared.count:
@@ -172,7 +225,7 @@ class _Run:
             hint = f" ({host.resizing})" if host.resizing else ""
             raise ValueError(
                 f"{host.name} was pruned for {host.num_patches} patches ({host.grid[0]}x{host.grid[1]}) and got "
-                f"{x.shape[1] - host.num_prefix}; give images of {host.image_shape[1]}x{host.image_shape[2]} "
+                f"{x.shape[1] - host.num_prefix}; give images of {host.image_shape[-2]}x{host.image_shape[-1]} "
                 f"pixels, or prune the model anew for this size{hint}"
             )
         return initial_state(
@@ -205,11 +258,29 @@ class _Step:
         self.run = run
         self.number = number
 
-    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         # Cut to one length: dynamo of torch 2.5 takes strict=False for strict.
         names = self.run.cascade.host.positional[: len(args)]
         named = dict(zip(names, args[: len(names)], strict=True))
-        return self.run.step(self.number, x, {**named, **kwargs})
+        run, host = self.run, self.run.cascade.host
+        tokens = run.step(self.number, x, {**named, **kwargs})
+        if host.blocks[self.number].module._forward_hooks:
+            self._call_hooks((x, *args), kwargs, run.for_hooks(tokens))
+        given = run.hand_out(tokens)
+        return (given,) if host.in_tuple else given
+
+    def _call_hooks(self, args: tuple[object, ...], kwargs: Mapping[str, object], tokens: Tensor) -> None:
+        """Forward hooks on the host's block, which is not called itself, see what leaves it all the same."""
+        host = self.run.cascade.host
+        module = host.blocks[self.number].module
+        output = (tokens,) if host.in_tuple else tokens
+        for key, hook in list(module._forward_hooks.items()):
+            more = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+            if hook(module, args, *more, output) is not None:
+                raise PruningBypassError(
+                    f"a forward hook on block {self.number} of a pruned model returns something in place of the "
+                    "block's tokens, which may not fit the patches that are left; let it return None"
+                )
 
 
 @contextmanager

@@ -7,15 +7,17 @@ else, so nothing is left on the model, two threads do not meet, and the host's o
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from cpvit.adapters import Host
 from cpvit.plans.plan import Plan
-from cpvit.pruning.cascade import Cascade, PruningBypassError
+from cpvit.pruning.cascade import Cascade, PruningBypassError, is_walking, walking
 from cpvit.pruning.heads import SlicedHeads
 
 
@@ -33,6 +35,8 @@ class CascadeContainer:
         return iter(self.cascade.start())
 
     def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice) and is_walking() and not index.start:
+            return self.cascade.start()[index]
         if isinstance(index, slice):
             raise PruningBypassError(
                 f"blocks {index.start or 0} to {index.stop} of a pruned model cannot be taken out of it: they "
@@ -69,6 +73,8 @@ def install(host: Host, cascade: Cascade) -> CascadeContainer:
     setattr(host.parent, host.attribute, container)
     for name in host.forbidden:
         vars(host.model)[name] = _Forbidden(_WALKS.format(name))
+    for name in host.walkers:
+        vars(host.model)[name] = _Walk(host.model, name, dense=cascade.dense_features)
     if cascade.pools_departed:
         vars(host.model)[host.head] = _Forbidden(_POOLS.format(host.head))
     for number, block in enumerate(host.blocks):
@@ -87,7 +93,7 @@ def uninstall(host: Host) -> None:
     """Undo :func:`install`."""
     container = getattr(host.parent, host.attribute)
     setattr(host.parent, host.attribute, container.original[0])
-    for name in (*host.forbidden, host.head):
+    for name in (*host.forbidden, *host.walkers, host.head):
         vars(host.model).pop(name, None)
     for block in host.blocks:
         hooks = block.module._forward_pre_hooks
@@ -101,9 +107,12 @@ def installed(host: Host) -> CascadeContainer | None:
     return container if isinstance(container, CascadeContainer) else None
 
 
-_WALKS = (
-    "{} would run the blocks without pruning; call unprune_(model) first, or use forward_features of a model "
-    "pruned with dense_features=True"
+_WALKS = "{} would run the blocks without pruning; call unprune_(model) first"
+
+
+_MAPS = (
+    "{} would lay the patches out as a map, and some have left; prune the model with dense_features=True, or ask for "
+    "the tokens (output_fmt='NLC', reshape=False), which get fewer from block to block"
 )
 
 
@@ -121,6 +130,33 @@ class _Forbidden:
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise PruningBypassError(self.reason)
+
+
+class _Walk:
+    """Stands in for a host method that returns what leaves inner blocks, and calls it with the cascade in place.
+
+    It gives the tokens that leave each block, fewer and fewer, or the full grid with ``dense_features=True``.
+    """
+
+    def __init__(self, model: nn.Module, name: str, *, dense: bool) -> None:
+        self.model = model
+        self.name = name
+        self.dense = dense
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        method = getattr(type(self.model), self.name)
+        if torch.compiler.is_compiling():
+            raise PruningBypassError(f"{self.name} of a pruned model cannot be compiled; call it uncompiled")
+        if not self.dense and self._makes_maps(method, args, kwargs):
+            raise PruningBypassError(_MAPS.format(self.name))
+        with walking():
+            return method(self.model, *args, **kwargs)
+
+    def _makes_maps(self, method: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+        """Whether the host is asked for [B C H W], by either of the names its methods have for that."""
+        bound = inspect.signature(method).bind(self.model, *args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments.get("output_fmt") == "NCHW" or bool(bound.arguments.get("reshape"))
 
 
 class _Guard:

@@ -176,6 +176,10 @@ def _cascade(
     cascade = Cascade(
         host, method, steps, dense_features=dense_features, checkpointing=checkpointing, kernel=kernel
     )
+    if host.grid_reader and not dense_features:
+        raise ValueError(
+            f"{host.name} needs every patch in its place ({host.grid_reader}); give dense_features=True"
+        )
     if cascade.pools_departed and not host.head:
         raise ValueError(
             f"{host.name} pools its patches before it answers; with dense_features=True it would pool those that "

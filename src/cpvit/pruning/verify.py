@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters import Host
 from cpvit.core import BlockStep, CPViT
-from cpvit.pruning.cascade import BlockHook, BlockOutput, Cascade, registered_hook
+from cpvit.pruning.cascade import BlockHook, BlockOutput, Cascade, PruningBypassError, registered_hook
 from cpvit.pruning.install import install, uninstall
 from cpvit.pruning.opening import open_untouched
 
@@ -85,11 +85,19 @@ def tolerance(dtype: torch.dtype, depth: int) -> float:
     return float(torch.finfo(dtype).eps * SLACK * depth**0.5)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: a host may keep what it computes now (BEiT's indices) for training
 def _compare(host: Host, image: Tensor) -> Verification:
     expected = _output(host, image)
     limit = tolerance(image.dtype, host.depth)
-    got, _ = _run_cascade(host, image)
+    try:
+        got, _ = _run_cascade(host, image)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as failure:
+        if isinstance(failure, (PruningBypassError, torch.OutOfMemoryError)):
+            raise
+        reason = str(failure).partition("\n")[0]
+        raise VerificationError(
+            f"{host.name}: its blocks do not run in the cascade ({reason}); this model is not pruned, please report it"
+        ) from failure
     error = relative_error(got, expected)
     first = None if error <= limit else _first_difference(host, image, limit)
     return Verification(host.name, host.family, error, limit, first)
@@ -101,7 +109,12 @@ def _output(host: Host, image: Tensor) -> Tensor:
     weights = {
         name: tensor.detach().to(image.dtype) for name, tensor in tensors if tensor.is_floating_point()
     }
-    return host.output(torch.func.functional_call(host.model, weights, (image,)))
+    devices = [image.device] if image.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(
+            0
+        )  # embeddings that draw at random (a shuffle of the patches) draw alike in both runs
+        return host.output(torch.func.functional_call(host.model, weights, (image,)))
 
 
 def _random_image(host: Host, seed: int) -> Tensor:
@@ -127,7 +140,7 @@ def _run_cascade(host: Host, image: Tensor) -> tuple[Tensor, list[Tensor]]:
     def see(output: BlockOutput) -> None:
         tokens.append(output.tokens)
 
-    cascade = Cascade(host, CPViT(), _both_routes(host))
+    cascade = Cascade(host, CPViT(), _both_routes(host), dense_features=bool(host.grid_reader))
     install(host, cascade)
     try:
         with registered_hook(cascade, BlockHook(see)):

@@ -1,4 +1,4 @@
-"""Create a Vision Transformer by name: any timm name, or one of the names the original CP-ViT code uses."""
+"""Create a Vision Transformer by name: timm's, those of the original CP-ViT code, of other libraries, or a folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from torch import nn
+
+from cpvit.weights.libraries import (
+    HF_PREFIX,
+    OPEN_CLIP_PREFIX,
+    create_open_clip,
+    create_transformers,
+    is_saved_folder,
+    open_folder,
+    torchvision_config,
+)
 
 ORIGINAL_MODELS: Mapping[str, str] = MappingProxyType(
     {
@@ -20,7 +30,7 @@ ORIGINAL_MODELS: Mapping[str, str] = MappingProxyType(
 """Names of the original CP-ViT code and the timm architecture each one is (LayerNorm eps 1e-6, qkv bias)."""
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
-_TORCHVISION_PREFIX = "torchvision/"
+_TORCHVISION_PREFIXES = ("torchvision/", "torchvision:")
 
 
 def create_model(
@@ -35,8 +45,10 @@ def create_model(
 
     Args:
         name: A timm name (``deit_tiny_patch16_224``, ``vit_base_patch16_224.augreg_in21k``, ``hf-hub:...``),
-            a key of :data:`ORIGINAL_MODELS`, or torchvision's name behind ``torchvision/``
-            (``torchvision/vit_b_16``).
+            a key of :data:`ORIGINAL_MODELS`, torchvision's name behind ``torchvision:`` (``torchvision:vit_b_16``),
+            a folder or name of the Hugging Face hub behind ``hf:``, open_clip's name behind ``open_clip:``
+            (``open_clip:ViT-B-32``, with the tag of the weights ``open_clip:ViT-B-32:openai``), or a folder that
+            :func:`~cpvit.save_pruned` or transformers wrote, which brings its weights.
         num_classes: Size of the classification head. None takes timm's choice for that name, which is no head
             at all for names whose weights have none (``ViT-L_32`` and ``ViT-H_14`` among them).
         image_size: Side of the input, or (height, width); None takes the model's own. Must be a multiple of
@@ -59,10 +71,10 @@ def create_model(
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path is {drop_path}; give a probability of at least 0 and below 1")
     size = _checked_size(image_size)
-    if name.startswith(_TORCHVISION_PREFIX):
+    if name.startswith((*_TORCHVISION_PREFIXES, HF_PREFIX, OPEN_CLIP_PREFIX)) or is_saved_folder(name):
         if drop_path:
             raise ValueError(f"{name} has no stochastic depth, got drop_path={drop_path}; leave it out")
-        return _create_torchvision(name, num_classes, size, pretrained)
+        return _create_elsewhere(name, num_classes, size, pretrained)
     timm_name = resolve_model_name(name)
     options: dict[str, object] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None:
@@ -81,13 +93,30 @@ def create_model(
     return model.eval()
 
 
+def _create_elsewhere(
+    name: str, num_classes: int | None, size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    """A model of another library than timm."""
+    if name.startswith(_TORCHVISION_PREFIXES):
+        return _create_torchvision(name, num_classes, size, pretrained)
+    if size is not None:
+        raise ValueError(f"{name} has a size of its own, got image_size={size}; leave it out")
+    if num_classes is not None and (name.startswith(OPEN_CLIP_PREFIX) or is_saved_folder(name)):
+        raise ValueError(f"{name} has the head it has, got num_classes={num_classes}; leave it out")
+    if is_saved_folder(name):
+        return open_folder(name)
+    if name.startswith(OPEN_CLIP_PREFIX):
+        return create_open_clip(name.removeprefix(OPEN_CLIP_PREFIX), pretrained=pretrained)
+    return create_transformers(name.removeprefix(HF_PREFIX), num_classes, pretrained=pretrained)
+
+
 def _create_torchvision(
     name: str, num_classes: int | None, size: tuple[int, int] | None, pretrained: bool
 ) -> nn.Module:
     from torchvision import models
 
     known = models.list_models(include="vit_*")
-    own_name = name.removeprefix(_TORCHVISION_PREFIX)
+    own_name = name[len(_TORCHVISION_PREFIXES[0]) :]
     if own_name not in known:
         raise ValueError(f"unknown model {name!r}; torchvision has {', '.join(known)}")
     if size is not None and size[0] != size[1]:
@@ -96,6 +125,8 @@ def _create_torchvision(
     if size is not None:
         options["image_size"] = size[0]
     model: nn.Module = models.get_model(own_name, weights="DEFAULT" if pretrained else None, **options)
+    weights = models.get_model_weights(own_name)["DEFAULT"]
+    vars(model)["pretrained_cfg"] = torchvision_config(weights, size[0] if size else 0)
     return model.eval()
 
 

@@ -8,7 +8,10 @@ same model is never returned. timm records the arguments of ``create_model`` onl
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +23,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 from cpvit.adapters import Host
-from cpvit.adapters.hf_families import MODELS as TRANSFORMERS_MODELS
+from cpvit.adapters.hf_tower import sees_images
 from cpvit.plans.plan import Plan
 from cpvit.pruning.prune import prune_
 
@@ -36,11 +39,11 @@ class ModelSpec:
     library: str
     """timm, torchvision or transformers."""
     name: str
-    """timm's architecture name, or the class."""
+    """timm's architecture name, or the class (of transformers behind its module, if it is not exported)."""
     arguments: dict[str, Any]
     """Of ``timm.create_model``, of the class (torchvision), or of the configuration (transformers)."""
     preprocessing: dict[str, Any]
-    """timm's image preprocessing of the model; empty for the other libraries."""
+    """The image preprocessing of the model in timm's words; empty if it is not known."""
 
 
 def infer_model_spec(host: Host, plan: Plan, arguments: Mapping[str, object] | None = None) -> ModelSpec:
@@ -82,7 +85,10 @@ def build(spec: ModelSpec) -> nn.Module:
     }
     if spec.library not in builders:
         raise ValueError(f"library must be one of {', '.join(builders)}, got {spec.library!r}")
-    return builders[spec.library](spec).eval()
+    model = builders[spec.library](spec).eval()
+    if spec.preprocessing and spec.library != "timm":
+        vars(model)["pretrained_cfg"] = _tuples(spec.preprocessing)
+    return model
 
 
 def _infer(host: Host, plan: Plan) -> ModelSpec:
@@ -127,8 +133,13 @@ def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
         (module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0
     ):
         arguments["drop_path_rate"] = rate  # the deepest block's
-    kept = {key: model.pretrained_cfg[key] for key in PREPROCESSING if key in model.pretrained_cfg}
-    return ModelSpec("timm", name, _plain(arguments), _plain(kept))
+    return ModelSpec("timm", name, _plain(arguments), _preprocessing(model))
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """What is saved of a model's ``pretrained_cfg``."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return _plain({key: config[key] for key in PREPROCESSING if key in config})
 
 
 def _build_timm(spec: ModelSpec) -> nn.Module:
@@ -151,7 +162,7 @@ def _infer_torchvision(host: Host, plan: Plan) -> ModelSpec:
     )
     arguments = {name: getattr(model, name) for name in names}
     arguments |= {"num_layers": host.depth, "num_heads": plan.num_heads[0]}
-    return ModelSpec("torchvision", "VisionTransformer", _plain(arguments), {})
+    return ModelSpec("torchvision", "VisionTransformer", _plain(arguments), _preprocessing(model))
 
 
 def _build_torchvision(spec: ModelSpec) -> nn.Module:
@@ -159,25 +170,43 @@ def _build_torchvision(spec: ModelSpec) -> nn.Module:
     return model
 
 
+_TRANSFORMERS_MODELS = "transformers.models."
+"""Where a class that transformers does not export is looked for, by module and name."""
+
+
 def _infer_transformers(model: Any) -> ModelSpec:
     values = json.loads(model.config.to_json_string(use_diff=False))
     values.pop("_name_or_path", None)  # a local path, which is private
-    return ModelSpec("transformers", type(model).__name__, values, {})
+    kind = type(model)
+    inner = kind.__module__.removeprefix(_TRANSFORMERS_MODELS)
+    exported = getattr(sys.modules["transformers"], kind.__name__, None) is kind
+    return ModelSpec(
+        "transformers",
+        kind.__name__ if exported else f"{inner}.{kind.__name__}",
+        values,
+        _preprocessing(model),
+    )
 
 
 def _build_transformers(spec: ModelSpec) -> nn.Module:
-    if spec.name not in TRANSFORMERS_MODELS:
-        raise ValueError(f"{spec.name} is not a class of transformers that cpvit knows")
     try:
         import transformers
     except ImportError as error:
         raise ImportError(
             f"a {spec.name} is built by transformers, which is not installed: pip install 'cpvit[hf]'"
         ) from error
-    kind: Any = getattr(transformers, spec.name)
+    module, _, name = spec.name.rpartition(".")
+    owner = importlib.import_module(_TRANSFORMERS_MODELS + module) if module else transformers
+    kind: Any = getattr(owner, name, None)
+    if not _is_image_model(kind, transformers.PreTrainedModel):
+        raise ValueError(f"{spec.name} is not a class of transformers that cpvit knows")
     # from_dict changes its argument.
     model: nn.Module = kind(kind.config_class.from_dict(dict(spec.arguments)))
     return model
+
+
+def _is_image_model(kind: Any, base: type) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, base) and sees_images(kind)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,9 +254,14 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, object]]:
         yield f"{place} (class)", f"{type(module).__module__}.{type(module).__qualname__}"
         for name, value in vars(module).items():
             if not name.startswith("_") and name not in _IGNORED and _is_plain(value):
-                yield f"{place}.{name}", value
+                yield f"{place}.{name}", _tupled(value)
     for name, tensor in model.state_dict().items():
         yield f"{name} (shape)", tuple(tensor.shape)
+
+
+def _tupled(value: object) -> object:
+    """Lists as tuples: JSON does not tell them apart."""
+    return tuple(_tupled(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _is_plain(value: object) -> bool:
