@@ -93,7 +93,7 @@ class TestHelp:
     [
         ([], "Expected one of {eval, benchmark"),
         (["evil"], "Unrecognized options: evil"),
-        (["eval"], "Missing from cpvit eval: --model"),
+        (["verify"], "Missing from cpvit verify: --model"),
         (["verify", "--model", MODEL, "--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
         (["benchmark", "--model", MODEL, "--keep-rate", "2"], "keep_rate must be a fraction above 0"),
         (["benchmark", "--model", MODEL, "--keep-rate", ".5", "--macs", ".5"], "not keep_rate and macs"),

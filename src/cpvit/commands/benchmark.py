@@ -30,8 +30,9 @@ from cpvit.commands.options import (
     ModelOptions,
     PreprocessingOptions,
 )
-from cpvit.commands.tables import benchmark_text, comparison_text, gains_text
+from cpvit.commands.tables import benchmark_text, comparison_text, gains_text, runtimes_text
 from cpvit.data import Batches, make_loader
+from cpvit.export.benchmark import compare_runtimes
 from cpvit.machine.device import choose_dtype
 from cpvit.measure.benchmark import BenchmarkOptions, benchmark, compare
 from cpvit.measure.timings import Comparison
@@ -59,6 +60,9 @@ class BenchmarkMatrix:
     """Sides of several square images instead of --image-size, separated by commas."""
     plan: Path | None = None
     """A plan written by ``cpvit plan``, instead of a method and a budget."""
+    runtimes: str = ""
+    """Several of torch, torch-compile, onnxruntime, openvino, separated by commas, on the CPU; --dtypes may then have
+    int8 as well."""
 
     @property
     def several(self) -> bool:
@@ -94,6 +98,9 @@ def run(
         json: Write the record behind what is printed to this file.
     """
     images.check()
+    if matrix.runtimes:
+        _in_runtimes(model, matrix, pruning, options, json)
+        return
     todo = _Todo(model, calibration, preprocessing, images, options)
     if not matrix.several:
         _alone(todo, planned(pruning, matrix.plan, default=FOR_SPEED), json)
@@ -148,6 +155,46 @@ def _alone(todo: _Todo, config: PruneConfig | Plan | Escalation, json: Path | No
         )
     print(benchmark_text(result))
     write_record(result, json)
+
+
+def _in_runtimes(
+    model: ModelOptions,
+    matrix: BenchmarkMatrix,
+    pruning: PruneConfig,
+    timing: BenchmarkOptions,
+    json: Path | None,
+) -> None:
+    if matrix.image_sizes or matrix.batch_sizes:
+        raise ValueError("--runtimes takes one --batch-size and one --image-size")
+    configs = {
+        name: _for_runtimes(config)
+        for name, config in _configs(pruning, words(matrix.methods), matrix.plan).items()
+    }
+    set_seed(timing.seed)
+    network = build_model(dataclasses.replace(model, device="cpu", dtype="float32"), weights_needed=False)
+    with progress_bar() as bar:
+        task = bar.add_task("benchmark", total=100)
+        result = compare_runtimes(
+            network,
+            configs,
+            words(matrix.runtimes),  # type: ignore[arg-type]
+            words(matrix.dtypes) or ("float32",),
+            batch_size=timing.batch_size,
+            seconds=timing.seconds,
+            on_message=say,
+            progress=lambda share: bar.update(task, completed=round(100 * share)),
+        )
+    print(runtimes_text(result))
+    write_record(result, json)
+
+
+def _for_runtimes(config: PruneConfig | Plan | Escalation) -> PruneConfig | Plan:
+    """What torch likes to have aligned is not what the others like: nothing is, unless it was asked for."""
+    if isinstance(config, Escalation):
+        raise ValueError("two stages cannot be exported; give a plan, or leave out --runtimes")
+    if isinstance(config, PruneConfig) and config.align == "auto":
+        return dataclasses.replace(config, align="none")
+    return config
 
 
 class _Setting(NamedTuple):

@@ -43,6 +43,16 @@ class ExportImages:
     """Of the sample."""
 
 
+@dataclass(frozen=True)
+class ExportInstead:
+    """What to export instead of a model pruned by a method and a budget."""
+
+    plan: Path | None = None
+    """A plan written by ``cpvit plan``."""
+    dense: bool = False
+    """The dense model."""
+
+
 def run(
     model: ModelOptions,
     out: Path,
@@ -50,8 +60,7 @@ def run(
     images: ExportImages,
     preprocessing: PreprocessingOptions,
     options: ExportOptions = BY_DEFAULT,
-    plan: Path | None = None,
-    dense: bool = False,
+    instead: ExportInstead = ExportInstead(),
     json: Path | None = None,
 ) -> None:
     """Write a model to a file for another runtime, run it there, and compare it with torch.
@@ -61,10 +70,9 @@ def run(
 
     Args:
         out: The file to write: .onnx, .xml (OpenVINO; the weights go into a .bin beside it) or .pt2.
-        plan: A plan written by ``cpvit plan``, instead of a method and a budget.
-        dense: Prune nothing.
         json: Write the record behind what is printed to this file.
     """
+    plan, dense = instead.plan, instead.dense
     if dense and (plan is not None or pruning != PruneConfig()):
         raise ValueError("--dense prunes nothing; leave out --plan, --method, --macs and the like")
     config = planned(pruning, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpvit.export.benchmark import RuntimeComparison
 from cpvit.export.evaluating import ExportedEval
 from cpvit.export.exporting import Exported
 from cpvit.finetune import FinetuneResult
@@ -196,6 +197,34 @@ def comparison_text(result: Comparison) -> str:
     columns = ["", *_TIMING_COLUMNS, "speed-up", "p10", "p90", "MACs", "efficiency", "align", "peak MiB"]
     failed = [f"{unfit.name}: not run, {unfit.error}" for unfit in result.unfit]
     return "\n".join([f"images {size}, {_setting(result)}", table([*columns, "verdict"], rows), *failed])
+
+
+def runtimes_text(result: RuntimeComparison) -> str:
+    """A row for every model in every runtime and precision."""
+    columns = ["", "images/s", "ms median", "speed-up", "p10", "p90", "MACs", "efficiency", "in all"]
+    rows = [
+        [
+            f"{row.runtime}, {row.dtype}, {row.name}",
+            f"{row.images_per_s:.1f}",
+            f"{row.latency_ms.median:.1f}",
+            *(f"{value:.2f}x" for value in (row.speedup.median, row.speedup.p10, row.speedup.p90)),
+            f"{row.macs_ratio:.3f}",
+            f"{row.efficiency:.2f}",
+            f"{row.in_all:.2f}x",
+        ]
+        for row in result.rows
+    ]
+    environment, size = result.environment, "x".join(str(side) for side in result.image_size)
+    failed = [f"{unfit.name}: not run, {unfit.error}" for unfit in result.unfit]
+    return "\n".join(
+        [
+            f"{result.model}, images {size}, batch {result.batch_size}, on {environment.device_name} "
+            f"({environment.threads} threads), {result.rounds} rounds in turn",
+            table(columns, rows),
+            "speed-up and efficiency: over dense in the same runtime and dtype; in all: over dense float32 torch",
+            *failed,
+        ]
+    )
 
 
 def _mib(side: Timing) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ class Drafts:
         """The paths of the files, one after the other."""
         if self.description.format == "torch":
             path = self._place("torch")
-            torch.export.save(traced, path, extra_files={KEY: self.description.to_json()})
+            # Not to the file itself: torch's writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(traced, content, extra_files={KEY: self.description.to_json()})
+            path.write_bytes(content.getbuffer())
             yield path
             return
         base = self._place("onnx").with_suffix(".onnx")

@@ -6,14 +6,15 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cpvit.adapters import Host, open_host
+from cpvit.adapters import Host
 from cpvit.data import Preprocessing
 from cpvit.export.description import (
     SUFFIXES,
@@ -28,11 +29,12 @@ from cpvit.export.drafts import Drafts
 from cpvit.export.parity import check, compare
 from cpvit.export.program import Deployed, digest, for_cpu, to_uint8, trace
 from cpvit.export.requirements import EXTRAS, check_torch, required
-from cpvit.export.runtimes import open_exported
+from cpvit.export.runtimes import ExportedModel, open_exported
 from cpvit.machine.environment import describe_environment
 from cpvit.plans.macs import host_macs
 from cpvit.pruning.escalation import EscalatingModel
 from cpvit.pruning.install import installed
+from cpvit.pruning.opening import open_as_it_is
 
 NOISE_IMAGES = 16
 NEEDS: Mapping[Format, tuple[str, ...]] = {
@@ -82,6 +84,7 @@ def export(
     images: Tensor | None = None,
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] | None = None,
+    most_kl: float | None = None,
 ) -> Exported:
     """Write a dense or pruned model to a file for another runtime, and compare the two.
 
@@ -96,6 +99,7 @@ def export(
             without them that is noise.
         preprocessing: Of the images, to be described, and to be put inside with ``with_preprocessing``.
         classes: Names of the outputs, to be described.
+        most_kl: Divergence in nats at which the file is refused; by default 0.0001 in float32, 0.25 in int8.
 
     Raises:
         ExportError: The model or the options cannot be exported, a package is missing, or the file answers otherwise.
@@ -106,7 +110,7 @@ def export(
     options = ExportOptions() if options is None else options
     target = Path(path).expanduser()
     _check_options(model, target, options, images, preprocessing)
-    host = for_cpu(open_host(model))
+    host = for_cpu(open_as_it_is(model)[0])
     inside = preprocessing if options.with_preprocessing else None
     program = Deployed(host, inside).eval()
     samples = _noise(host) if images is None else images.float().cpu()
@@ -114,10 +118,11 @@ def export(
     inputs = samples if inside is None else to_uint8(samples, inside)
     description = _description(host, program, options, preprocessing, classes, inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
+    compared = partial(compare, program, images=samples, real=images is not None, most_kl=most_kl)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         drafts = Drafts(description, Path(folder), target.name, inputs)
         traced = trace(program, inputs if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1), options.batch_size)
-        made, parity = _closest(drafts.write(traced), program, samples, real=images is not None)
+        made, parity = _closest(drafts.write(traced), compared)
         check(parity, options.precision)
         found = Exported(
             path=target,
@@ -228,12 +233,10 @@ def _versions(options: ExportOptions) -> dict[str, str]:
     return {name: str(required(name).__version__) for name in packages if name in EXTRAS}
 
 
-def _closest(
-    drafts: Iterator[Path], program: Deployed, samples: Tensor, *, real: bool
-) -> tuple[Path, Parity]:
+def _closest(drafts: Iterator[Path], compared: Callable[[ExportedModel], Parity]) -> tuple[Path, Parity]:
     """The draft that answers most as torch does."""
-    compared = [(draft, compare(program, open_exported(draft), samples, real=real)) for draft in drafts]
-    return min(compared, key=lambda pair: pair[1].kl)
+    found = [(draft, compared(open_exported(draft))) for draft in drafts]
+    return min(found, key=lambda pair: pair[1].kl)
 
 
 def _report(found: Exported) -> dict[str, object]:

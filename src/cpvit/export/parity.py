@@ -19,7 +19,9 @@ BATCH = 16
 
 
 @torch.inference_mode()
-def compare(program: Deployed, exported: ExportedModel, images: Tensor, *, real: bool) -> Parity:
+def compare(
+    program: Deployed, exported: ExportedModel, images: Tensor, *, real: bool, most_kl: float | None
+) -> Parity:
     """Run torch and the file on normalised images [B 3 H W]."""
     pairs = [
         (program(torch.from_numpy(exported.as_input(batch))).double(), exported(batch).double())
@@ -41,7 +43,7 @@ def compare(program: Deployed, exported: ExportedModel, images: Tensor, *, real:
         typical_difference=(difference / scale).median().item(),
         agreement=agreement(wanted, answered),
         kl=kl_divergence(wanted, answered),
-        most_kl=MOST_KL[exported.description.precision],
+        most_kl=MOST_KL[exported.description.precision] if most_kl is None else most_kl,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cpvit.adapters import Host, open_host
+from cpvit.adapters import Host
 from cpvit.data import Preprocessing
 
 MOST_IMAGES = 1 << 16
@@ -45,7 +45,9 @@ def for_cpu(host: Host) -> Host:
     as_it_is = host.device.type == "cpu" and host.dtype == torch.float32
     if as_it_is and not any(module.training for module in host.model.modules()):
         return host
-    return open_host(copy.deepcopy(host.model).to("cpu", torch.float32).eval())
+    moved = copy.deepcopy(host)
+    moved.model.to("cpu", torch.float32).eval()
+    return moved
 
 
 def trace(program: Deployed, images: Tensor, batch_size: int | None) -> ExportedProgram:

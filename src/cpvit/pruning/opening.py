@@ -20,6 +20,16 @@ def open_restored(model: nn.Module) -> Host:
     return host
 
 
+def open_as_it_is(model: nn.Module) -> tuple[Host, CascadeContainer | None]:
+    """The model, and its cascade if it is pruned.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+    """
+    host = open_host(model)
+    return host, installed(host)
+
+
 def open_untouched(model: nn.Module, verb: str) -> Host:
     """The model, which must not be pruned; ``verb`` says what for.
 
@@ -27,8 +37,8 @@ def open_untouched(model: nn.Module, verb: str) -> Host:
         UnsupportedModelError: The model cannot be pruned.
         ValueError: It is pruned already.
     """
-    host = open_host(model)
-    if installed(host) is not None:
+    host, container = open_as_it_is(model)
+    if container is not None:
         raise ValueError(
             f"{host.name} is pruned already; {verb} the untouched model: call unprune_(model) first"
         )
@@ -42,8 +52,7 @@ def open_pruned(model: nn.Module) -> tuple[Host, CascadeContainer]:
         UnsupportedModelError: The model cannot be pruned.
         ValueError: It is not pruned.
     """
-    host = open_host(model)
-    container = installed(host)
+    host, container = open_as_it_is(model)
     if container is None:
         raise ValueError(f"{host.name} is not pruned; call prune_(model) first")
     return host, container

@@ -23,7 +23,7 @@ from cpvit.pruning.calibrate import calibrate_host
 from cpvit.pruning.cascade import Cascade
 from cpvit.pruning.heads import SlicedHeads
 from cpvit.pruning.install import CascadeContainer, install, installed
-from cpvit.pruning.opening import open_restored, unprune_host
+from cpvit.pruning.opening import open_as_it_is, open_restored, unprune_host
 from cpvit.pruning.verify import check
 
 
@@ -159,7 +159,7 @@ def unprune_(model: nn.Module) -> None:
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The active plan; None if the model is not pruned."""
-    container = installed(open_host(model))
+    _, container = open_as_it_is(model)
     return None if container is None else container.plan
 
 
