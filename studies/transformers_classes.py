@@ -76,7 +76,7 @@ def classes() -> Iterator[type]:
         except ImportError as error:
             print(f"{name}: {error}")
             continue
-        for kind in vars(module).values():
+        for kind in list(vars(module).values()):
             own = (
                 inspect.isclass(kind)
                 and issubclass(kind, transformers.PreTrainedModel)

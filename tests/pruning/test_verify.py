@@ -59,11 +59,28 @@ def test_the_check_can_be_left_out(model: Any) -> None:
 
 def test_a_difference_outside_the_blocks_is_called_that(model: Any) -> None:
     class Fickle(nn.Module):
+        calls = 0
+
         def forward(self, x: Tensor) -> Tensor:
-            return x + torch.rand_like(x)
+            self.calls += 1
+            return x + self.calls
 
     model.head = Fickle()
     assert "outside the blocks" in verify(model).summary()
+
+
+def test_embeddings_that_draw_at_random_draw_alike_and_change_no_generator(model: Any) -> None:
+    model.pos_drop = Shuffled()
+    state = torch.random.get_rng_state()
+    assert verify(model).passed
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Shuffled(nn.Module):
+    """Patches in another order in every forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], x[:, 1:][:, torch.randperm(x.shape[1] - 1)]], dim=1)
 
 
 def test_tokens_of_the_wrong_shape_differ() -> None:
