@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +341,31 @@ def test_foreign_damaged_and_missing_files(tmp_path: Path) -> None:
     onnx.save(foreign, tmp_path / "foreign.onnx")
     with pytest.raises(ExportError, match="version 99 is newer than this cpvit reads"):
         open_exported(tmp_path / "foreign.onnx")
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.path,)
+
+
+def test_a_torch_file_cannot_run_code(tmp_path: Path) -> None:
+    export(tiny_vit(depth=1).float(), tmp_path / "m.pt2", ExportOptions(to="torch"))
+    payload = io.BytesIO()
+    torch.save(Bomb(tmp_path / "exploded"), payload)
+    with zipfile.ZipFile(tmp_path / "m.pt2") as good, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as bad:
+        inputs = [name for name in good.namelist() if "sample_inputs" in name]
+        assert inputs, "what the program was traced with is kept as a pickle"
+        for name in good.namelist():
+            bad.writestr(name, payload.getvalue() if name in inputs else good.read(name))
+    with pytest.raises(ExportError, match="torch cannot read"):
+        open_exported(tmp_path / "bad.pt2")
+    assert not (tmp_path / "exploded").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_a_missing_weights_file(tmp_path: Path) -> None:

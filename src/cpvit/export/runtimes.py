@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,10 +150,25 @@ def _open_openvino(path: Path, threads: int, bfloat16: bool) -> tuple[str | None
     return text, run
 
 
+@contextlib.contextmanager
+def _nothing_but_tensors() -> Iterator[None]:
+    """torch's reader unpickles parts of a program without restriction; this variable forbids what could run code."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _open_torch(path: Path) -> tuple[str | None, Run]:
     files = {KEY: ""}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _nothing_but_tensors():
             warnings.simplefilter("ignore")
             module = torch.export.load(path, extra_files=files).module()
     except Exception as error:  # whatever a damaged archive leads to
