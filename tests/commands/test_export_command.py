@@ -48,7 +48,7 @@ def test_the_report_and_the_evaluation(
     exported: Path, weights: Path, tiny_tar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = json.loads(exported.with_name("tiny.onnx.json").read_text())
-    assert report["parity"]["images"] == 9
+    assert report["parity"]["images"] == 2, "a quarter of nine is not calibrated on"
     assert report["parity"]["real_images"] is True
     assert report["precision"] == "int8"
     assert report["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", SIDE, SIDE, 3]}

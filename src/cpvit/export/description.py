@@ -122,6 +122,8 @@ class Parity:
     """Share of the images with the same largest output."""
     kl: float
     """Mean divergence in nats, if the outputs are logits."""
+    distance: float
+    """See :func:`cpvit.measure.metrics.logit_distance`; a better guide than KL on few images."""
     most_kl: float
     """What was allowed."""
 

@@ -95,8 +95,8 @@ def export(
         model: Dense or pruned.
         path: ``.onnx``, ``.xml`` or ``.pt2``, as ``options.to`` says; overwritten. ``path.json`` describes it.
         options: What kind of file.
-        images: [B 3 H W] normalised: what int8 is calibrated on, and what torch and the file are compared on;
-            without them that is noise.
+        images: [B 3 H W] normalised: what torch and the file are compared on; without them that is noise. For int8
+            three quarters of them calibrate it and the rest compare.
         preprocessing: Of the images, to be described, and to be put inside with ``with_preprocessing``.
         classes: Names of the outputs, to be described.
         most_kl: Divergence in nats at which the file is refused; by default 0.0001 in float32, 0.25 in int8.
@@ -118,9 +118,11 @@ def export(
     inputs = samples if inside is None else to_uint8(samples, inside)
     description = _description(host, program, options, preprocessing, classes, inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
-    compared = partial(compare, program, images=samples, real=images is not None, most_kl=most_kl)
+    held_out = _held_out(len(samples)) if options.int8 else 0
+    seen, unseen = samples[: len(samples) - held_out], samples[-held_out:] if held_out else samples
+    compared = partial(compare, program, images=unseen, real=images is not None, most_kl=most_kl)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        drafts = Drafts(description, Path(folder), target.name, inputs)
+        drafts = Drafts(description, Path(folder), target.name, inputs[: len(seen)])
         traced = trace(program, inputs if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1), options.batch_size)
         made, parity = _closest(drafts.write(traced), compared)
         check(parity, options.precision)
@@ -233,10 +235,15 @@ def _versions(options: ExportOptions) -> dict[str, str]:
     return {name: str(required(name).__version__) for name in packages if name in EXTRAS}
 
 
+def _held_out(images: int) -> int:
+    """Images to compare on that int8 is not calibrated on: the ranges fit those it has seen."""
+    return images // 4 if images >= 8 else 0
+
+
 def _closest(drafts: Iterator[Path], compared: Callable[[ExportedModel], Parity]) -> tuple[Path, Parity]:
     """The draft that answers most as torch does."""
     found = [(draft, compared(open_exported(draft))) for draft in drafts]
-    return min(found, key=lambda pair: pair[1].kl)
+    return min(found, key=lambda pair: pair[1].distance)
 
 
 def _report(found: Exported) -> dict[str, object]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from cpvit.export.description import ExportError, Parity
 from cpvit.export.program import Deployed
 from cpvit.export.runtimes import ExportedModel
-from cpvit.measure.metrics import Predictions, agreement, kl_divergence
+from cpvit.measure.metrics import Predictions, agreement, kl_divergence, logit_distance
 
 MOST_KL = {"float32": 1e-4, "int8": 0.25, "int8-weights": 0.1}
 """Nats allowed. int8 of a whole model is at 0.01 to 0.1 on real images; a wrong normalisation at 0.5 and above."""
@@ -43,6 +43,7 @@ def compare(
         typical_difference=(difference / scale).median().item(),
         agreement=agreement(wanted, answered),
         kl=kl_divergence(wanted, answered),
+        distance=logit_distance(wanted, answered),
         most_kl=MOST_KL[exported.description.precision] if most_kl is None else most_kl,
     )
 
