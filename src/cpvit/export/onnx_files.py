@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,34 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
         onnxscript.optimizer.fold_constants(model)
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
+    _name_batch(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # where in this machine's files it came from
     model.metadata_props.clear()
     model.metadata_props[KEY] = description.to_json()
     model.producer_name, model.producer_version = "cpvit", description.versions.get("cpvit", "")
     return model
+
+
+def _name_batch(model: Any) -> None:
+    """Call the first dimension "batch", where it is not fixed, instead of by torch's number for it."""
+    onnx_ir = required("onnx_ir")
+    first = model.graph.inputs[0].shape[0]
+    if isinstance(first, int):
+        return
+    name = first.value
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        dims = () if value.shape is None else value.shape.dims
+        if any(not isinstance(dim, int) for dim in dims):
+            named = (_renamed(onnx_ir, dim, name) for dim in dims)
+            value.shape = onnx_ir.Shape(named)
+
+
+def _renamed(onnx_ir: Any, dim: Any, name: str) -> Any:
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    return onnx_ir.SymbolicDim(re.sub(rf"\b{name}\b", "batch", dim.value))
 
 
 def write_onnx(model: Any, path: Path) -> None:
