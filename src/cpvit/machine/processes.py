@@ -58,7 +58,9 @@ class Processes:
             return values
         from accelerate.utils import gather_object
 
-        gathered: list[Any] = gather_object(values)
+        # torch 2.5 fills its buffers in another thread, which is in no inference mode: they must be normal tensors.
+        with torch.inference_mode(False):
+            gathered: list[Any] = gather_object(values)
         return gathered
 
     def wait(self) -> None:
