@@ -15,6 +15,7 @@ from cpvit.machine.environment import Environment, describe_environment
 from cpvit.machine.processes import Processes
 from cpvit.measure.evaluate import Progress, no_progress, predict
 from cpvit.measure.metrics import agreement, kl_divergence
+from cpvit.measure.outcomes import Outcomes, outcomes, right
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.check import check_plan
 from cpvit.plans.config import PruneConfig, ScheduleName
@@ -44,6 +45,8 @@ class SweepPoint:
     kl: float
     schedule: str
     plan: Plan
+    outcomes: Outcomes
+    """Of each image."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class SweepResult:
     dense_top1: float
     dense_top5: float
     dense_macs: int
+    dense_right: str
+    """A character for each image: 1 where the dense model is right."""
     points: tuple[SweepPoint, ...]
     environment: Environment
 
@@ -123,6 +128,7 @@ def sweep(
                 kl=kl_divergence(dense, pruned),
                 schedule=plan.schedule,
                 plan=plan,
+                outcomes=outcomes(dense, pruned),
             )
         )
         unprune_host(host)
@@ -140,6 +146,7 @@ def sweep(
         dense_top1=dense.top(1),
         dense_top5=dense.top(5),
         dense_macs=dense_macs,
+        dense_right=right(dense),
         points=tuple(points),
         environment=describe_environment(host.device, host.dtype, options.seed),
     )
