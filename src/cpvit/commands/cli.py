@@ -53,7 +53,7 @@ def run_cli(
         interrupted.
     """
     try:
-        _parse(functions, arguments, prog)()
+        parse(functions, arguments, prog)()
     except SystemExit as stop:  # --help, or a command line tyro refused
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -67,10 +67,14 @@ def run_cli(
     return 0
 
 
-def _parse(
+def parse(
     functions: dict[str, Callable[..., None]] | Callable[..., None], arguments: Sequence[str], prog: str
 ) -> Callable[[], None]:
-    """Let tyro parse, without calling yet; its boxed complaint becomes one line."""
+    """Let tyro parse, without calling yet; its boxed complaint becomes one line.
+
+    Raises:
+        SystemExit: Help was asked for, or the command line cannot be understood.
+    """
     complaint = io.StringIO()
     config = (tyro.conf.OmitArgPrefixes,)
     given = list(arguments)
