@@ -38,6 +38,7 @@ FLOORS = (
     "weights",
     "data",
     "measure",
+    "pictures",
     "export",
     "tuning",
     "finetune",

@@ -43,7 +43,7 @@ MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "timing": ("machine.timer", "machine.timing_cache", "machine.block_profiler", "machine.time_model"),
         "tune": ("tuning.tune", "tuning.target"),
         "verify": ("pruning.verify",),
-        "visualize": ("measure.visualize",),
+        "visualize": ("pictures.survivors", "pictures.patches"),
     }
 )
 """Old module to the new ones that hold what was in it."""
