@@ -64,6 +64,30 @@ def test_a_sweep_has_a_row_and_a_record_for_every_point_and_draws_them(
         assert picture.size[0] > 800
 
 
+def test_a_sweep_compares_methods_on_the_same_schedule(common: list[str], tmp_path: Path) -> None:
+    record = tmp_path / "sweep.json"
+    asked = ["--methods", "cpvit-merge,tome,tome:curve", "--macs", "0.6"]
+    assert main(["sweep", *common, *asked, "--json", str(record)]) == 0
+    merge, tome, same = json.loads(record.read_text())["points"]
+    assert [point["schedule"] for point in (merge, tome, same)] == ["curve", "constant", "curve"]
+    assert same["method"] == "tome:curve"
+    counts = [point["plan"]["patches_per_block"] for point in (merge, tome, same)]
+    # Not quite the same: ToMe can merge at most half of a block's tokens, and its matching costs less.
+    assert _distance(counts[0], counts[2]) < _distance(counts[0], counts[1]) / 3
+
+
+def _distance(counts: list[int], others: list[int]) -> int:
+    return sum(abs(count - other) for count, other in zip(counts, others, strict=True))
+
+
+def test_a_sweep_refuses_an_unknown_schedule_before_it_runs(
+    common: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpvit.measure.sweep.predict", lambda *_, **__: pytest.fail("ran"))
+    assert main(["sweep", *common, "--methods", "tome:gentle"]) == 1
+    assert "schedule must be one of auto, curve" in capsys.readouterr().err
+
+
 def test_a_searched_sweep_needs_images_of_its_own(common: list[str], capsys: Any) -> None:
     assert main(["sweep", *common, "--searched", "cpvit"]) == 1
     assert "--searched needs images that are not evaluated: give --calibration" in capsys.readouterr().err

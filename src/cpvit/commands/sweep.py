@@ -38,7 +38,8 @@ class ComparisonOptions:
     """What to compare."""
 
     methods: str = "cpvit,cpvit-merge,tome,pitome,evit,topk,random"
-    """Names, separated by commas."""
+    """Names, separated by commas. A schedule other than the method's own follows a colon: ``tome:curve`` gives ToMe the
+    numbers of patches that ``cpvit-merge`` has."""
     macs: str = "0.9,0.8,0.7,0.6,0.5,0.4"
     """Fractions of the dense MACs, separated by commas."""
     searched: str = ""

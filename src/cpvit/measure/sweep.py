@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from cpvit.measure.evaluate import Progress, no_progress, predict
 from cpvit.measure.metrics import agreement, kl_divergence
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.check import check_plan
-from cpvit.plans.config import PruneConfig
+from cpvit.plans.config import PruneConfig, ScheduleName
 from cpvit.plans.macs import host_macs
 from cpvit.plans.plan import Plan
 from cpvit.pruning.opening import open_restored, unprune_host
@@ -64,7 +64,7 @@ class SweepOptions:
     """What to compare."""
 
     methods: tuple[str, ...]
-    """Names; each with the schedule of its publication unless it is searched for."""
+    """Names; each with its own default schedule unless it is searched for, or named: ``tome:curve``."""
     macs: tuple[float, ...]
     """Fractions of the dense MACs."""
     plans: tuple[Plan, ...] = ()
@@ -99,6 +99,9 @@ def sweep(
         ValueError: A plan is not for this model, or something does not fit; plans are checked before anything runs.
     """
     host = open_restored(model)
+    for method in options.methods:
+        for budget in options.macs:
+            configured(method, budget)  # a misspelt schedule is refused before anything runs
     for plan in options.plans:
         check_plan(plan, host)
     dense = predict(host, batches, title="dense", progress=progress, processes=processes)
@@ -126,8 +129,7 @@ def sweep(
 
     for method in options.methods:
         for budget in options.macs:
-            config = search[method](budget) if method in search else PruneConfig(method=method, macs=budget)
-            add_point(method, budget, config)
+            add_point(method, budget, search[method](budget) if method in search else configured(method, budget))
     for plan in options.plans:
         add_point(f"plan ({plan.method})", plan.macs_ratio, plan)
     return SweepResult(
@@ -139,6 +141,12 @@ def sweep(
         points=tuple(points),
         environment=describe_environment(host.device, host.dtype, options.seed),
     )
+
+
+def configured(method: str, macs: float) -> PruneConfig:
+    """What ``tome`` or ``tome:curve`` (method and schedule) asks for at a budget."""
+    name, _, schedule = method.partition(":")
+    return PruneConfig(method=name, macs=macs, schedule=cast(ScheduleName, schedule or "auto"))
 
 
 def plot_sweep(result: SweepResult, path: Path) -> Path:
