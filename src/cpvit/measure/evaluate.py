@@ -23,6 +23,7 @@ from cpvit.measure.examples import (
     disagreements,
 )
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
+from cpvit.measure.outcomes import Outcomes, outcomes, right
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation
@@ -100,6 +101,10 @@ class EvalResult:
     """Names of the images that could not be read."""
     plan: Plan
     environment: Environment
+    dense_right: str
+    """A character for each image: 1 where the dense model is right."""
+    outcomes: Outcomes
+    """Of each image under the pruned model."""
     escalation: EscalationResult | None = None
     """How many images ran again, where two plans were applied; ``plan`` is then that of the first stage."""
     disagreements: tuple[Disagreement, ...] = ()
@@ -160,6 +165,8 @@ def evaluate(
         skipped=tuple(skipped),
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
+        dense_right=right(dense),
+        outcomes=outcomes(dense, pruned),
         escalation=found.escalation,
         disagreements=differ,
         traces=found.traces,

@@ -22,6 +22,7 @@ from cpvit.measure.examples import (
     disagreements,
 )
 from cpvit.measure.metrics import agreement, kl_divergence
+from cpvit.measure.outcomes import Outcomes, outcomes, right
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.check import check_plan
 from cpvit.plans.config import PruneConfig, ScheduleName
@@ -51,6 +52,8 @@ class SweepPoint:
     kl: float
     schedule: str
     plan: Plan
+    outcomes: Outcomes
+    """Of each image."""
     disagreements: tuple[Disagreement, ...] = ()
     """Images that are classified otherwise than by the dense model; at most 50."""
     traces: tuple[PatchTrace, ...] = ()
@@ -66,6 +69,8 @@ class SweepResult:
     dense_top1: float
     dense_top5: float
     dense_macs: int
+    dense_right: str
+    """A character for each image: 1 where the dense model is right."""
     points: tuple[SweepPoint, ...]
     environment: Environment
     examples: Examples | None = None
@@ -139,6 +144,7 @@ def sweep(
                 kl=kl_divergence(dense, pruned),
                 schedule=plan.schedule,
                 plan=plan,
+                outcomes=outcomes(dense, pruned),
                 disagreements=disagreements(dense, pruned, options.examples),
                 traces=gallery.traces(host),
             )
@@ -158,6 +164,7 @@ def sweep(
         dense_top1=dense.top(1),
         dense_top5=dense.top(5),
         dense_macs=dense_macs,
+        dense_right=right(dense),
         points=tuple(points),
         environment=describe_environment(host.device, host.dtype, options.seed),
         examples=gallery.examples([point.disagreements for point in points]),
