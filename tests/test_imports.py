@@ -25,7 +25,7 @@ BUILT_ON = {
     "hf_tower": {"hf_parts"},
 }
 """The adapters that extend the block of another, and the parts of the one for transformers."""
-SHARED_COMMANDS = {"__init__", "common", "options", "tables"}
+SHARED_COMMANDS = {"__init__", "common", "options", "records", "tables", "terminal"}
 FLOORS = (
     "attention",
     "core",
@@ -38,6 +38,8 @@ FLOORS = (
     "weights",
     "data",
     "measure",
+    "pictures",
+    "report",
     "export",
     "tuning",
     "finetune",
@@ -179,7 +181,7 @@ def test_no_public_function_takes_more_than_eight_arguments() -> None:
 
 
 def test_importing_the_library_loads_nothing_heavy() -> None:
-    heavy = ["transformers", "matplotlib", "sklearn", "tyro", "rich", "scipy"]
+    heavy = ["transformers", "vl_convert", "jinja2", "matplotlib", "sklearn", "tyro", "rich", "scipy"]
     code = f"import cpvit, sys; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

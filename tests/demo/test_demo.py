@@ -10,7 +10,7 @@ from cpvit.demo import cluttered_digits, describe, digits_model, load_digits_mod
 from cpvit.demo import digits as digits_module
 from cpvit.demo.digits import GRID, WEIGHTS, to_unit, weights_metadata
 from cpvit.demo.train import TrainingConfig, accuracy_percent, forward_window, save_weights, train_digits
-from cpvit.measure.visualize import stages
+from cpvit.pictures.survivors import stages
 
 
 def test_images_are_the_same_every_time_and_change_with_the_seed() -> None:

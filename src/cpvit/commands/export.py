@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
-    data_shape,
+    class_names,
     heads_need_images,
     planned,
     progress,
@@ -21,8 +21,9 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import export_text
+from cpvit.commands.terminal import show, stage_bar
 from cpvit.data import Preprocessing, find_samples, make_loader
-from cpvit.export.exporting import ExportOptions, export
+from cpvit.export.exporting import STAGES, ExportOptions, export
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation
 from cpvit.pruning.calibrate import calibrate
@@ -95,10 +96,17 @@ def run(
         assert not isinstance(config, Escalation)
         needed = samples if heads_need_images(config) else None
         prune_(network, config, calibration=None if needed is None else calibrate(network, needed))
-    found = export(
-        network, out, options, images=samples, preprocessing=described, classes=class_names(network)
-    )
-    print(export_text(found))
+    with stage_bar(STAGES) as on_message:
+        found = export(
+            network,
+            out,
+            options,
+            images=samples,
+            preprocessing=described,
+            classes=class_names(network),
+            on_message=on_message,
+        )
+    show(export_text(found))
     say(f"written: {out}")
     write_record(found, json)
 
@@ -109,15 +117,3 @@ def _samples(options: ExportImages, preprocessing: Preprocessing) -> Tensor | No
     source = find_samples(options.calibration).limited(options.calibration_limit, options.seed)
     batches = make_loader(source, preprocessing, labels=None, batch_size=32)
     return torch.cat([batch.images for batch in progress(batches, "images", len(batches))])
-
-
-def class_names(network: nn.Module) -> tuple[str, ...] | None:
-    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
-    names = getattr(getattr(network, "config", None), "id2label", None)
-    if names:
-        return tuple(str(names[number]) for number in sorted(names))
-    if data_shape(network)[0] != 1000:
-        return None
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo().label_descriptions())

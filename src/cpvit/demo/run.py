@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cpvit.demo.digits import GRID, cluttered_digits, load_digits_model, to_unit
 from cpvit.machine.timer import interleave
-from cpvit.measure.visualize import draw_survivors
+from cpvit.pictures.survivors import draw_survivors
 from cpvit.plans.config import PruneConfig, ScheduleName
 from cpvit.plans.macs import count_macs
 from cpvit.plans.plan import Plan

@@ -15,6 +15,8 @@ class Predictions:
     """[B classes], float32."""
     labels: Tensor | None = None
     """[B]."""
+    keys: tuple[str, ...] = ()
+    """Names of the B images, where they are known."""
 
     def top(self, k: int) -> float:
         """Percent of images whose label is among the k most probable classes."""

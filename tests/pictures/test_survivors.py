@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpvit.measure.visualize import draw_survivors, stages
+from cpvit.pictures.survivors import draw_survivors, stages
 
 GRID = (3, 5)
 B, N = 2, 15

@@ -6,32 +6,30 @@ window opens, and figures of the caller are not changed.
 Legend: B images, L blocks, N patches of the whole grid, K patches that leave a block.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cpvit.pictures.patches import MIN_SIDE, paint_block, to_picture
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 MAX_STAGES = 6
 
-_REMOVED_TONE = 0.80  # removed patches are drawn in light grey ...
-_REMOVED_CONTRAST = (
-    0.16  # ... plus this fraction of their own brightness, so that they can still be recognised
-)
-_GRID_TONE = (0.6, 0.6, 0.6, 0.28)
 _CELL_INCHES = 1.55
 _DPI = 120
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Stage(NamedTuple):
     heading: str
-    keep: Tensor  # [B N] bool
+    positions: Tensor  # [B K]
     carrier: Tensor | None  # [B N] index of the token that each patch was merged into
 
 
@@ -58,7 +56,7 @@ def draw_survivors(
         blocks: Blocks to draw instead of the stages, counted from 0.
         titles: A few words for each image, written beside its row.
         carriers: For methods that merge patches: for each block [B N], the index of the token that each original
-            patch was merged into, or None. Patches of the same token are painted in their mean colour.
+            patch was merged into, or None. Patches of the same token get their mean colour and a line around them.
 
     Example:
         >>> draw_survivors(images, trace.survivors, (14, 14), path="survivors.png")
@@ -161,39 +159,9 @@ def _check_blocks(blocks: Sequence[int], depth: int) -> None:
 def _stage(
     block: int, survivors: Sequence[Tensor], grid: tuple[int, int], carriers: Sequence[Tensor | None] | None
 ) -> _Stage:
-    kept, patches = survivors[block].cpu().long(), grid[0] * grid[1]
+    kept, patches = survivors[block], grid[0] * grid[1]
     heading = f"after block {block + 1}\n{kept.shape[1]} of {patches} patches"
-    carrier = None if carriers is None else carriers[block]
-    if carrier is not None:
-        return _Stage(heading, torch.ones(len(kept), patches, dtype=torch.bool), carrier.cpu().long())
-    return _Stage(heading, torch.zeros(len(kept), patches, dtype=torch.bool).scatter_(1, kept, True), None)
-
-
-def _picture(image: Tensor, grid: tuple[int, int], keep: Tensor, carrier: Tensor | None) -> Tensor:
-    """The image [3 H W] with its removed patches faded out, and merged patches in their mean colour."""
-    if carrier is not None:
-        image = _merge_colours(image, grid, carrier)
-    height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
-    mask = keep.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
-    return torch.where(mask, image, _REMOVED_TONE + _REMOVED_CONTRAST * image.mean(0, keepdim=True))
-
-
-def _merge_colours(image: Tensor, grid: tuple[int, int], carrier: Tensor) -> Tensor:
-    """Paint each group of merged patches in its mean colour; patches that were not merged stay as they are."""
-    height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
-    cells = (
-        image.unflatten(1, (grid[0], height))
-        .unflatten(3, (grid[1], width))
-        .permute(1, 3, 0, 2, 4)
-        .flatten(0, 1)
-    )
-    group = carrier.unique(return_inverse=True)[1]  # [N] group number of each patch, 0, 1, 2 ...
-    size = group.bincount()
-    total = torch.zeros(len(size), 3).index_add_(0, group, cells.mean(dim=(2, 3)))
-    mean = (total / size[:, None])[group]
-    cells = torch.where((size[group] > 1)[:, None, None, None], mean[:, :, None, None], cells)
-    cells = cells.unflatten(0, grid).permute(2, 0, 3, 1, 4)
-    return cells.flatten(1, 2).flatten(2, 3)
+    return _Stage(heading, kept, None if carriers is None else carriers[block])
 
 
 def _write_figure(
@@ -204,11 +172,10 @@ def _write_figure(
     for column, stage in enumerate(columns, start=1):
         axes[0][column].set_title(stage.heading, fontsize=9, linespacing=1.35)
     for row, image in enumerate(images):
-        _show(axes[row][0], image)
+        _show(axes[row][0], to_picture(image, MIN_SIDE))
         for column, stage in enumerate(columns, start=1):
             carrier = None if stage.carrier is None else stage.carrier[row]
-            _show(axes[row][column], _picture(image, grid, stage.keep[row], carrier))
-            _draw_grid(axes[row][column], image, grid)
+            _show(axes[row][column], paint_block(image, stage.positions[row], carrier, grid))
         if titles is not None:
             axes[row][0].set_ylabel(titles[row], rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,16 +195,8 @@ def _axes(rows: int, columns: int, aspect: float, titles: Sequence[str] | None) 
     return figure.subplots(rows, columns, squeeze=False), figure
 
 
-def _show(axes: "Axes", image: Tensor) -> None:
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+def _show(axes: Axes, picture: Image) -> None:
+    axes.imshow(picture, interpolation="antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-
-
-def _draw_grid(axes: "Axes", image: Tensor, grid: tuple[int, int]) -> None:
-    height, width = image.shape[1:]
-    rows = [step * height / grid[0] - 0.5 for step in range(1, grid[0])]
-    columns = [step * width / grid[1] - 0.5 for step in range(1, grid[1])]
-    axes.hlines(rows, -0.5, width - 0.5, colors=[_GRID_TONE], linewidths=0.5)
-    axes.vlines(columns, -0.5, height - 0.5, colors=[_GRID_TONE], linewidths=0.5)
