@@ -17,7 +17,20 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
-    from cpvit.commands import benchmark, demo, eval, export, finetune, models, plan, support, sweep, verify
+    from cpvit.commands import (
+        benchmark,
+        demo,
+        embed,
+        eval,
+        export,
+        finetune,
+        models,
+        plan,
+        predict,
+        support,
+        sweep,
+        verify,
+    )
 
     return {
         "eval": eval.run,
@@ -26,6 +39,8 @@ def commands() -> dict[str, Callable[..., None]]:
         "finetune": finetune.run,
         "sweep": sweep.run,
         "export": export.run,
+        "predict": predict.run,
+        "embed": embed.run,
         "verify": verify.run,
         "models": models.run,
         "support": support.run,
