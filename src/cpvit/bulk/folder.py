@@ -55,7 +55,7 @@ def begin(
     folder = parts.folder
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN
-    values = json.loads(json.dumps(fingerprint))
+    values = _as_json(fingerprint)
     if file.exists():
         refuse_other(folder, values)
     else:
@@ -72,13 +72,19 @@ def refuse_other(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         then = json.loads((folder / RUN).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {folder / RUN}: {error}; give another --out") from None
-    found = differences(then, fingerprint)
+    found = differences(then, _as_json(fingerprint))
     if found:
         shown = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
         raise ValueError(
             f"the run in {folder} was begun differently and cannot go on like this: {shown}; give what it was begun "
             "with, or another --out"
         )
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def finish(parts: Parts) -> None:

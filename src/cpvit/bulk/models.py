@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,7 +216,7 @@ def _one(tokens: Tokens, number: int) -> Tokens:
 
 def _plan_values(host: Host, escalation: Escalation | None) -> dict[str, Any] | None:
     if escalation is not None:
-        return dict(dataclasses.asdict(escalation))
+        return dict(json.loads(escalation.to_json()))
     container = open_as_it_is(host.model)[1]
     plan: Plan | None = None if container is None else container.plan
     return None if plan is None else dict(json.loads(plan.to_json()))
