@@ -45,7 +45,7 @@ class PartMaker:
         threads: That torch computes with.
 
     Example:
-        >>> parts.map_batches(PartMaker, fn_constructor_args=(build, 1), batch_size=1, concurrency=8)  # doctest: +SKIP
+        >>> parts.map_batches(PartMaker, fn_constructor_args=(build, 1), batch_size=1, compute=pool)  # doctest: +SKIP
     """
 
     def __init__(self, build: BuildJob, threads: int = 1) -> None:
@@ -97,7 +97,7 @@ def run_on_ray(
         PartMaker,
         fn_constructor_args=(build, max(1, int(options.cpus_per_actor))),
         batch_size=1,
-        concurrency=(1, options.actors) if options.actors > 1 else 1,
+        compute=data.ActorPoolStrategy(min_size=1, max_size=options.actors),
         num_cpus=options.cpus_per_actor,
         num_gpus=options.gpus_per_actor or None,
     )

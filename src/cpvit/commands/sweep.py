@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from cpvit.commands.common import (
 from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import table
 from cpvit.data import find_samples, make_loader
+from cpvit.data.decoded import decoded_once
 from cpvit.measure.sweep import SweepOptions, SweepResult, plot_sweep, sweep
 from cpvit.plans.plan import Plan
 from cpvit.tuning.target import Target
@@ -75,9 +77,14 @@ def run(
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
     loaded = [Plan.load(path) for path in words(comparison.plans)]
     options = SweepOptions(words(comparison.methods), numbers(comparison.macs), tuple(loaded), data.seed)
-    with joined(model) as processes, progress_bar() as bar:
+    with joined(model) as processes, progress_bar() as bar, ExitStack() as stack:
         network = build_model(model, data=data.data)
-        batches = build_batches(network, data, preprocessing, processes)
+        batches = stack.enter_context(
+            decoded_once(
+                build_batches(network, data, preprocessing, processes),
+                build_preprocessing(network, preprocessing),
+            )
+        )
         images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
         task = bar.add_task("search", total=trials, visible=False)
 
