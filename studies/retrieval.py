@@ -58,8 +58,8 @@ def main() -> None:
         dense = {kind: embed(arguments, kind, None, images) for kind in arguments.features}
         for kind, values in dense.items():
             show(rows, method="dense", macs=1.0, features=kind, precision=precision(values, values, classes))
-        for method in arguments.methods:
-            for macs in arguments.macs:
+        for macs in arguments.macs:
+            for method in arguments.methods:
                 for kind in arguments.features:
                     found = embed(arguments, kind, PruneConfig(method=method, macs=macs), images)
                     show(
@@ -121,7 +121,8 @@ def embed(
     features = FeatureReader(host, kind)
     found: list[Tensor] = []
     for batch in (batch for source in images for batch in source):
-        taken = features.take(host.output(host.model(batch.images)))
+        host.model(batch.images)
+        taken = features.take()
         assert isinstance(taken, Tensor), "one vector an image"
         found.append(taken)
     print(f"    {time.perf_counter() - start:.0f} s", flush=True)

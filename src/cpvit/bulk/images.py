@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -145,33 +143,3 @@ def load_batches(
         if isinstance(batch, _Failed):
             raise batch.error
         yield batch
-
-
-class Normalizer:
-    """uint8 pixels -> what the model takes, as :meth:`Preprocessing.transform` does it, on the model's device."""
-
-    def __init__(self, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype) -> None:
-        self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1)
-            for values in (preprocessing.mean, preprocessing.std)
-        )
-        self._device = device
-        self._dtype = dtype
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """[B 3 H W]."""
-        images = pixels.to(self._device, non_blocking=True).float().div_(255)
-        return images.sub_(self._mean).div_(self._std).to(self._dtype)
-
-
-def check_normalizer(preprocessing: Preprocessing) -> None:
-    """Raise RuntimeError if timm's transform gives other values than :class:`Normalizer`, as another release might."""
-    noise = np.random.default_rng(0).integers(0, 256, (*preprocessing.image_size, 3), np.uint8)
-    picture = Image.fromarray(noise)
-    pixels = preprocessing.pixel_transform()(picture)[None]
-    ours = Normalizer(preprocessing, torch.device("cpu"), torch.float32)(pixels)
-    if not torch.equal(ours[0], preprocessing.transform()(picture)):
-        raise RuntimeError(
-            "timm's evaluation transform is not what cpvit's bulk runs take it for (resize, crop, divide by 255, mean, "
-            "std); report this with your versions of timm and torchvision"
-        )

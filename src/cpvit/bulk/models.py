@@ -13,8 +13,8 @@ from torch import Tensor
 from cpvit.adapters import Host
 from cpvit.bulk.columns import Columns
 from cpvit.bulk.features import FeatureReader, Kind, Tokens
-from cpvit.bulk.images import Normalizer
 from cpvit.data import Preprocessing
+from cpvit.data.pixels import Normalizer
 from cpvit.export.runtimes import ExportedModel
 from cpvit.plans.escalation import Escalation
 from cpvit.plans.plan import Plan
@@ -160,7 +160,7 @@ class _Single:
         output = self._host.output(self._host.model(images))
         if self._reader is None:
             return output
-        found = self._reader.take(output)
+        found = self._reader.take()
         return [found] if isinstance(found, Tokens) else found
 
 
@@ -190,9 +190,9 @@ class _Escalating:
         logits = self._model(images)
         if self._readers is None:
             return logits
-        first = self._readers[0].take(logits)
+        first = self._readers[0].take()
         unsure = self._model.unsure
-        again = self._readers[1].take(logits[unsure]) if len(unsure) else None
+        again = self._readers[1].take() if len(unsure) else None
         if isinstance(first, Tensor):
             assert again is None or isinstance(again, Tensor)
             return first if again is None else first.index_copy(0, unsure, again.to(first.dtype))

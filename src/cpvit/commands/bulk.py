@@ -14,7 +14,7 @@ from cpvit import __version__
 from cpvit.adapters import Host
 from cpvit.bulk.columns import Columns, Embedding, TokenList, TopClasses
 from cpvit.bulk.folder import INDEX, begin, finish, refuse_other
-from cpvit.bulk.images import LoaderOptions, check_normalizer
+from cpvit.bulk.images import LoaderOptions
 from cpvit.bulk.listing import list_source, open_listed
 from cpvit.bulk.models import BulkModel, exported_model, torch_model
 from cpvit.bulk.parts import Parts, part_schema
@@ -37,6 +37,7 @@ from cpvit.commands.common import (
     say,
     write_record,
 )
+from cpvit.data.pixels import check_normalizer
 from cpvit.export.program import digest
 from cpvit.export.runtimes import open_exported
 from cpvit.machine.device import choose_dtype

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cpvit.data.loader import Batch, Batches
+from cpvit.data.pixels import Normalizer, pixels_of
 from cpvit.data.preprocess import Preprocessing
 
 
@@ -24,7 +25,8 @@ class DecodedBatches(Batches):
 
     def __init__(self, batches: Batches, preprocessing: Preprocessing, file: IO[bytes]) -> None:
         self._batches = batches
-        self._pixels = _Pixels(preprocessing)
+        self._preprocessing = preprocessing
+        self._normalize = Normalizer(preprocessing, torch.device("cpu"), torch.float32)
         self._file = file
         self._kept: list[_Kept] | None = None
         self.num_images = batches.num_images
@@ -40,7 +42,7 @@ class DecodedBatches(Batches):
         kept: list[_Kept] = []
         self._file.seek(0)
         for batch in self._batches:
-            self._file.write(self._pixels.of(batch.images).numpy().tobytes())
+            self._file.write(pixels_of(batch.images, self._preprocessing).numpy().tobytes())
             kept.append(_Kept(tuple(batch.images.shape), batch.labels, batch.keys))
             yield batch
         self._kept, self.skipped = kept, list(self._batches.skipped)
@@ -50,7 +52,7 @@ class DecodedBatches(Batches):
         for one in kept:
             size = torch.Size(one.shape).numel()
             data = bytearray(self._file.read(size))
-            images = self._pixels.normalised(torch.frombuffer(data, dtype=torch.uint8).view(one.shape))
+            images = self._normalize(torch.frombuffer(data, dtype=torch.uint8).view(one.shape))
             yield Batch(images, one.labels, one.keys)
 
 
@@ -61,22 +63,6 @@ class _Kept:
     shape: tuple[int, ...]
     labels: Tensor | None
     keys: tuple[str, ...]
-
-
-class _Pixels:
-    """Between normalised images and the bytes that they were made of."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        values = (preprocessing.mean, preprocessing.std)
-        self._mean, self._std = (torch.tensor(value).view(1, 3, 1, 1) for value in values)
-
-    def of(self, images: Tensor) -> Tensor:
-        """Normalised [B 3 H W] -> uint8."""
-        return ((images * self._std + self._mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """The inverse: what timm's transform computes."""
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
 
 @contextmanager
