@@ -1,7 +1,8 @@
 """Runs of ``cpvit`` that are killed: ``python killed_runs.py KILLS SEED LONGEST ARGUMENTS...``
 
-Everything is imported once; each run is a child of this process, which is killed with all it has started after a random
-time. At the end the command line runs undisturbed. Prints how many runs were killed, and how many parts each left.
+Everything is imported once; each run is a child of this process, and is killed with all it has started: every other one
+after a random time, the others a random moment after they have written a few parts. At the end the command line runs
+undisturbed. Prints how many runs were killed, and how many parts each left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,14 +33,18 @@ def run(arguments: list[str]) -> int:
         os._exit(main(arguments))
 
 
-def wait_for(child: int, seconds: float) -> bool:
-    """Whether it ended by itself within that time."""
+def wait_for(child: int, seconds: float, written: Callable[[], bool] = lambda: False) -> bool:
+    """Whether it ended by itself within that time, or before that was written."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and not written():
         if os.waitpid(child, os.WNOHANG)[0]:
             return True
         time.sleep(0.002)
     return False
+
+
+def count(out: Path) -> int:
+    return len(list(out.glob("part-*")))
 
 
 def kill(child: int) -> None:
@@ -58,15 +64,20 @@ def main_of_this() -> None:
     generator = random.Random(seed)
     killed, left = 0, []
     while killed < kills:
-        child = run(arguments)
-        if wait_for(child, generator.uniform(0, longest)):
+        child, wanted = run(arguments), count(out) + generator.randint(1, 3)
+        if killed % 2:
+            ended = wait_for(child, generator.uniform(0, longest))
+        else:
+            ended = wait_for(child, 60, lambda wanted=wanted: count(out) >= wanted)
+            ended = ended or wait_for(child, generator.uniform(0, 0.05))
+        if ended:
             left.append(-1)
             for path in out.glob("part-*"):  # it was done too early: once more from the beginning
                 path.unlink()
             continue
         kill(child)
         killed += 1
-        left.append(len(list(out.glob("part-*"))))
+        left.append(count(out))
     status = os.waitpid(run(arguments), 0)[1]
     print(killed, *left)
     sys.exit(os.waitstatus_to_exitcode(status))

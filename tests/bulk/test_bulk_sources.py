@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -211,8 +212,12 @@ def test_a_missing_package_is_named_with_its_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     line = ["predict", "--model", "test_vit", "--image-size", "64", "--checkpoint", str(weights), "--dense"]
-    assert main([*line, "--data", str(folder), "--out", str(tmp_path / "out")]) == 1
+    line += ["--data", str(folder), "--out", str(tmp_path / "out")]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*line, "--engine", "ray"]) == 1
+    assert "pip install 'cpvit[ray]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(line) == 1
     assert "pip install 'cpvit[bulk]'" in capsys.readouterr().err
     assert not os.listdir(tmp_path)  # noqa: PTH208

@@ -88,6 +88,7 @@ class FeatureReader:
         if output.dim() == 3 and output.shape[1] in (self._last.tokens.shape[1], self._host.num_tokens):
             self._normed = output
 
+    @torch.inference_mode()
     def take(self) -> Tensor | Tokens:
         """Features of the latest forward: ``[B C]``, or the tokens.
 

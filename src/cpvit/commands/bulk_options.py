@@ -11,6 +11,7 @@ from cpvit.bulk.columns import DtypeOut
 from cpvit.bulk.features import Kind
 from cpvit.bulk.folder import check_folder
 from cpvit.bulk.ray_engine import RayOptions
+from cpvit.bulk.requirements import required
 from cpvit.bulk.running import OnError
 from cpvit.commands.options import CalibrationOptions, ModelOptions, PreprocessingOptions
 from cpvit.plans.config import PruneConfig
@@ -53,11 +54,11 @@ class BulkImages:
     """Processes that read and decode images, for each process that runs the model; 0 does it there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BulkOutput(RayOptions):
     """Where to, and who does it."""
 
-    out: Path = Path("out")
+    out: Path
     """Folder for part-00000.parquet and so on."""
     rows_per_part: int = 16384
     """Images in each file; what a stop can lose, and the unit that processes and actors share the work by."""
@@ -112,4 +113,6 @@ def check_request(request: BulkRequest) -> None:
         raise ValueError("give --model NAME, or --exported FILE")
     if request.output.engine == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--engine ray starts its own processes; start it without torchrun")
+    if request.output.engine == "ray":
+        required("ray")
     check_folder(request.output.out, request.images.data, resume=request.output.resume)
