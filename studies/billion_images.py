@@ -1,11 +1,12 @@
 """What a collection of a billion images takes: machines, hours and cost, dense and pruned, by simulation.
 
-    python studies/billion_images.py --forward 1200 --speedup 1.52 --decode 420 --machines 64
+    python studies/billion_images.py --forward 16.7 --speedup 1.69 --decode 386 --devices 32 --cores 64 --shared-cores
 
 No such run was made. A machine has ``--devices`` devices that run the model and ``--cores`` cores that load images.
 Parts are dealt out to machines as they ask for them. A machine dies at random (``--mtbf`` hours between failures),
 loses the part at hand, and is back after ``--restart`` minutes. The rates are images/s that you have measured: of one
-device at your batch size, and of one core for reading and decoding (``cpvit predict`` prints both).
+device at your batch size, and of one core for reading and decoding (``cpvit predict`` prints both). With
+``--shared-cores`` a device is some of the cores themselves (here two), and an image takes its time for both.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ class Machine:
     """Images, of all its cores."""
     upload: float
     """Images whose files its network brings."""
+    shared: bool
+    """Whether the same cores load images and run the model."""
 
     @property
     def rate(self) -> float:
-        """Stages overlap, so the slowest of them is that of the machine."""
-        return min(self.forward, self.loading, self.upload)
+        """Stages overlap, so the slowest of them is that of the machine; on the same cores they add up."""
+        cores = 1 / (1 / self.forward + 1 / self.loading) if self.shared else min(self.forward, self.loading)
+        return min(cores, self.upload)
 
     @property
     def bottleneck(self) -> str:
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--decode", type=float, required=True, help="images/s of one core, read and decoded")
     parser.add_argument("--devices", type=int, default=1, help="in a machine")
     parser.add_argument("--cores", type=int, default=16, help="in a machine")
+    parser.add_argument("--shared-cores", action="store_true", help="the devices are the cores")
     parser.add_argument("--network", type=float, default=10.0, help="Gbit/s of a machine")
     parser.add_argument("--kilobytes", type=float, default=100.0, help="of an image file")
     parser.add_argument("--machines", type=int, default=64)
@@ -67,7 +72,9 @@ def main() -> None:
         f"{arguments.images:.3g} images, {parts} parts of {arguments.rows_per_part}, {size:.2f} TB of output"
     )
     for name, factor in (("dense", 1.0), ("pruned", arguments.speedup)):
-        machine = Machine(arguments.forward * arguments.devices * factor, loading, upload)
+        machine = Machine(
+            arguments.forward * arguments.devices * factor, loading, upload, arguments.shared_cores
+        )
         hours, lost = simulate(arguments, parts, machine.rate)
         cost = hours * arguments.machines * arguments.price
         print(
