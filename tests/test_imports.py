@@ -25,7 +25,7 @@ BUILT_ON = {
     "hf_tower": {"hf_parts"},
 }
 """The adapters that extend the block of another, and the parts of the one for transformers."""
-SHARED_COMMANDS = {"__init__", "common", "options", "records", "tables", "terminal"}
+SHARED_COMMANDS = {"__init__", "common", "options", "records", "tables", "terminal", "bulk", "bulk_options"}
 FLOORS = (
     "attention",
     "core",
@@ -43,6 +43,7 @@ FLOORS = (
     "export",
     "tuning",
     "finetune",
+    "bulk",
     "demo",
     "commands",
 )

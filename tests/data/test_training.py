@@ -198,11 +198,13 @@ def test_processes_evaluate_each_image_once(source: ImageSource, world_size: int
         make_loader(source, SMALL, **options, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     batches = [batch for share in shares for batch in share]
+    alone = make_loader(source, SMALL, **options)
+    assert [batch.keys for batch in batches] == [batch.keys for batch in alone], "the batches of one process"
     assert [key for batch in batches for key in batch.keys] == [sample.key for sample in source.samples]
     assert torch.cat([batch.labels for batch in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
     sizes = [share.num_images for share in shares]
     assert sum(sizes) == 15
-    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) - min(sizes) <= 4, "one batch"
 
 
 @WORKERS
@@ -219,7 +221,7 @@ def test_a_share_of_bad_images_only_is_no_error(tmp_path: Path, source: ImageSou
             find_samples(tmp_path),
             SMALL,
             labels=None,
-            batch_size=4,
+            batch_size=1,
             skip_bad_images=True,
             rank=rank,
             world_size=2,

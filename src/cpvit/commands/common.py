@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -41,12 +42,12 @@ CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 @contextmanager
-def joined(options: ModelOptions) -> Iterator[Processes | None]:
+def joined(options: ModelOptions, *, patience: timedelta | None = None) -> Iterator[Processes | None]:
     """The processes that torchrun or accelerate started with this one, of which only the first prints; else None."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
-    processes = start_processes(options.device)
+    processes = start_processes(options.device, patience=patience)
     with ExitStack() as stack:
         stack.callback(processes.part)
         if not processes.is_main:

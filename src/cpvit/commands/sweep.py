@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import table
 from cpvit.commands.terminal import show, timed
 from cpvit.data import find_samples, make_loader
+from cpvit.data.decoded import decoded_once
 from cpvit.measure.sweep import SweepOptions, SweepResult, sweep
 from cpvit.pictures.sweeps import plot_sweep
 from cpvit.plans.plan import Plan
@@ -87,9 +89,14 @@ def run(
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
     loaded = [Plan.load(path) for path in words(comparison.plans)]
     methods, budgets = words(comparison.methods), numbers(comparison.macs)
-    with joined(model) as processes, progress_bar() as bar:
+    with joined(model) as processes, progress_bar() as bar, ExitStack() as stack:
         network = build_model(model, data=data.data)
-        batches = build_batches(network, data, preprocessing, processes)
+        batches = stack.enter_context(
+            decoded_once(
+                build_batches(network, data, preprocessing, processes),
+                build_preprocessing(network, preprocessing),
+            )
+        )
         images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
         examples = build_examples(network, preprocessing, output)
         options = SweepOptions(methods, budgets, tuple(loaded), data.seed, examples)

@@ -128,7 +128,7 @@ def _choose(locations: list[tuple[str, ...]], split: str | None, where: str) -> 
 
 def _index(stream: io.BufferedIOBase) -> dict[str, Extent]:
     """Where each image lies in the stream, without links, devices and junk; of a repeated name the last."""
-    return {key: extent for name, extent in stored_files(stream) if (key := _key(name)) is not None}
+    return {key: extent for name, extent in stored_files(stream) if (key := member_key(name)) is not None}
 
 
 def stored_files(stream: io.BufferedIOBase) -> Iterator[tuple[str, Extent]]:
@@ -161,7 +161,7 @@ def check_end(stream: io.BufferedIOBase, end: int) -> None:
         pass
 
 
-def _key(name: str) -> str | None:
+def member_key(name: str) -> str | None:
     """The member's name without the parts that mean nothing inside an archive; None for junk."""
     *folders, file = [part for part in name.split("/") if part not in ("", ".", "..")] or [""]
     if not file or is_junk_file(file) or any(is_junk_folder(folder) for folder in folders):

@@ -154,8 +154,9 @@ def make_loader(
 ) -> Batches:
     """Batches of the images of `source`, in its order.
 
-    Of several processes each gets a contiguous share, so that together they see every image exactly once.
-    Shares differ by at most one image and may be empty; nothing is repeated to make them equal.
+    Of several processes each gets a contiguous share, so that together they see every image exactly once, in the
+    batches that one process would have: what a model gives for an image may depend, in the last digit, on the others
+    in its batch. Shares differ by at most one batch and may be empty; nothing is repeated to make them equal.
 
     Args:
         source: From `find_samples`, perhaps limited.
@@ -186,7 +187,7 @@ def make_loader(
         raise ValueError(f"{source.name} holds no images")
     # Looked up before they are shared out, so that all processes meet the same error.
     all_labels = None if labels is None else sample_labels(source, labels)
-    share = _share(len(source), rank, world_size)
+    share = _share(len(source), rank, world_size, batch_size)
     samples = source.samples[share]
     dataset = _Decoded(
         samples,
@@ -212,5 +213,7 @@ def make_loader(
     )
 
 
-def _share(size: int, rank: int, world_size: int) -> slice:
-    return slice(size * rank // world_size, size * (rank + 1) // world_size)
+def _share(size: int, rank: int, world_size: int, batch_size: int) -> slice:
+    batches = -(-size // batch_size)
+    first, last = (batches * r // world_size * batch_size for r in (rank, rank + 1))
+    return slice(min(first, size), min(last, size))

@@ -103,11 +103,19 @@ class Preprocessing:
 
     def transform(self) -> Transform:
         """timm's evaluation transform: an RGB image -> float32 `[3 H W]`."""
+        return self._timm_transform(normalize=True)
+
+    def pixel_transform(self) -> Transform:
+        """The same without normalisation: an RGB image -> uint8 `[3 H W]`."""
+        return self._timm_transform(normalize=False)
+
+    def _timm_transform(self, *, normalize: bool) -> Transform:
         from timm.data import create_transform
 
         transform = create_transform(
             input_size=(3, *self.image_size),
             is_training=False,
+            normalize=normalize,
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,

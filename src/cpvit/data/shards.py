@@ -76,6 +76,24 @@ def open_shards(source: StrPath, *, split: str | None = None) -> ShardSource:
     )
 
 
+def shard_files(source: StrPath) -> list[Path]:
+    """All shards that a pattern with braces names, or that lie in a folder.
+
+    Raises:
+        FileNotFoundError: A shard that the pattern names is not there.
+        ValueError: None in the folder, or folders of several splits, of which one is to be named.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return _expanded(str(path))
+    shards = [path / name for name in _children(path)[1] if _is_tar(name)]
+    if not shards:
+        raise ValueError(
+            f"no shards in {path}; expected .tar files, so name the folder (the split) that holds them"
+        )
+    return shards
+
+
 def _in_folder(folder: Path, split: str | None) -> tuple[list[Path], str | None]:
     folders, files = _children(folder)
     if not files and holds_splits(folders):

@@ -6,6 +6,7 @@ Many are started by ``torchrun`` or ``accelerate launch``; nothing here launches
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,22 +74,26 @@ class Processes:
             self.accelerator.end_training()
 
 
-def start_processes(device: str = "auto", *, logging_dir: Path | None = None) -> Processes:
+def start_processes(
+    device: str = "auto", *, logging_dir: Path | None = None, patience: timedelta | None = None
+) -> Processes:
     """Join the processes this one was started with, or be the only one.
 
     Args:
         device: auto, cpu, cuda ...; several processes take the accelerator of their number each.
         logging_dir: Where the ``TensorBoard`` callback makes its folder; needed only for that.
+        patience: How long a process waits for the others before it gives up; default: torch's 10 or 30 minutes.
 
     Raises:
         ValueError: Started for a kind of parallelism that splits the model, or an unknown device.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     chosen = choose_device(device)
     tracking = {} if logging_dir is None else {"log_with": "tensorboard", "project_dir": logging_dir}
-    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no", **tracking)
+    waiting = {} if patience is None else {"kwargs_handlers": [InitProcessGroupKwargs(timeout=patience)]}
+    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no", **tracking, **waiting)
     kind = accelerator.distributed_type
     # One name per kind of device: MULTI_CPU, MULTI_GPU, MULTI_XPU ...
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
