@@ -35,6 +35,7 @@ FLOORS = (
     "plans",
     "machine",
     "pruning",
+    "multimodal",
     "weights",
     "data",
     "measure",
