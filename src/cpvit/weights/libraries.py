@@ -92,11 +92,19 @@ def _from_processor(processor: Any) -> dict[str, object]:
 
 
 def create_open_clip(name: str, *, pretrained: bool) -> nn.Module:
-    """The image tower of a model of open_clip.
+    """The image tower of a model of open_clip; see :func:`create_open_clip_towers`."""
+    return create_open_clip_towers(name, pretrained=pretrained)[1]
+
+
+def create_open_clip_towers(
+    name: str, *, pretrained: bool, weights: str | None = None
+) -> tuple[Any, nn.Module]:
+    """A model of open_clip, and its image tower (that of timm where it wraps one).
 
     Args:
         name: Without the prefix ``open_clip:``; behind another colon the tag of its weights.
         pretrained: Load the weights of that tag.
+        weights: A file of weights to load instead.
 
     Raises:
         ImportError: open_clip is not installed.
@@ -112,7 +120,8 @@ def create_open_clip(name: str, *, pretrained: bool) -> nn.Module:
     if pretrained and tag not in tags:
         names = ", ".join(tags) or "none"
         raise ValueError(f"name the weights, as in {OPEN_CLIP_PREFIX}{architecture}:TAG; there are {names}")
-    visual = open_clip.create_model(architecture, pretrained=tag if pretrained else None).visual
+    towers = open_clip.create_model(architecture, pretrained=tag if pretrained else weights).eval()
+    visual = towers.visual
     model, known = getattr(visual, "trunk", visual), visual.preprocess_cfg
     size = known["size"]
     model.pretrained_cfg = {
@@ -123,7 +132,7 @@ def create_open_clip(name: str, *, pretrained: bool) -> nn.Module:
         "crop_pct": 1.0,
         "crop_mode": "squash" if known["resize_mode"] == "squash" else "center",
     }
-    return _in_eval_mode(model)
+    return towers, model
 
 
 def _imported(library: str, package: str) -> Any:
