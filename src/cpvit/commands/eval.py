@@ -68,6 +68,8 @@ def run(
     """
     set_seed(data.seed)
     if exported is not None:
+        if model.zero_shot is not None:
+            raise ValueError("--exported holds its classes; leave out --zero-shot")
         if plan is not None or pruning != PruneConfig():
             raise ValueError("--exported holds its plan; leave out --plan, --method, --macs and the like")
         _exported(exported, model, data, preprocessing, json)

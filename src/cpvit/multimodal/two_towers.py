@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpvit.adapters import Host, UnsupportedModelError, open_host
-from cpvit.weights.libraries import HF_PREFIX, OPEN_CLIP_PREFIX, create_open_clip_towers, create_transformers
+from cpvit.weights.libraries import HF_PREFIX, create_transformers
+from cpvit.weights.open_clip_models import OPEN_CLIP_PREFIX, create_open_clip_towers
 
 TEMPLATES = (
     "itap of a {}.",
