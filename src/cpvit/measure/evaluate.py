@@ -262,7 +262,7 @@ def _two_stages(
     return _Pruned(predictions, config.light, macs, count_params(host.model), result)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: a host may keep what it computes now (BEiT's indices) for training
 def predict(
     host: Host,
     batches: Batches,

@@ -18,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, HybridEmbed
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
@@ -133,6 +133,8 @@ def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
         "depth": host.depth,
         "num_heads": plan.num_heads[0],
     }
+    if isinstance(model.patch_embed, HybridEmbed):
+        del arguments["patch_size"]  # that of its patches on the image; timm asks for the one on its features
     if rate := max(
         (module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0
     ):
