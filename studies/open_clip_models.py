@@ -44,11 +44,13 @@ def timm_tower(name: str, pool: str) -> tuple[Any, bool]:
     options = {"num_classes": 0, **({"global_pool": pool} if pool else {})}
     with torch.device("meta"):
         whole = timm.create_model(name, **options)
-    patch = getattr(getattr(whole, "patch_embed", None), "patch_size", None)
+    stem = getattr(whole, "patch_embed", None)
     try:
-        if patch is None:
+        if stem is None:
             return whole, False
-        size = tuple(SIDE * side for side in patch)
+        if hasattr(stem, "backbone"):  # convolves first: images of its own size
+            return timm.create_model(name, **options, depth=2), True
+        size = tuple(SIDE * side for side in stem.patch_size)
         return timm.create_model(name, **options, depth=2, img_size=size), True
     except (TypeError, ValueError, AssertionError):
         return whole, False
@@ -69,15 +71,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--only", nargs="*", default=[], help="these architectures")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     found = {}
-    for name in open_clip.list_models():
-        if arguments.only in name:
-            what, why = found[name] = outcome(name)
-            print(f"{name}: {what}: {why[:200]}", flush=True)
+    for name in arguments.only or open_clip.list_models():
+        what, why = found[name] = outcome(name)
+        print(f"{name}: {what}: {why[:200]}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     for what, count in Counter(what for what, _ in found.values()).most_common():
