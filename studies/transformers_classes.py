@@ -146,6 +146,11 @@ def outcome(kind: Any) -> tuple[str, str]:
                 model, built = kind(shallow(kind)).eval(), False
         except Exception as error:
             return "cannot be built from a default configuration", f"{type(error).__name__}: {error}"
+    return outcome_of(model, built)
+
+
+def outcome_of(model: Any, built: bool) -> tuple[str, str]:
+    """What becomes of a model, which is only opened unless its weights are there (``built``), and why."""
     try:
         host = open_host(model)
         if not built:

@@ -36,6 +36,7 @@ FLOORS = (
     "machine",
     "pruning",
     "weights",
+    "multimodal",
     "data",
     "measure",
     "pictures",

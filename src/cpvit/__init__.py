@@ -4,6 +4,7 @@ import sys
 
 from cpvit import _moved
 from cpvit.adapters import UnsupportedModelError
+from cpvit.multimodal.prune import VlmPruning, prune_vlm_, unprune_vlm_
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation, load_plan
@@ -29,14 +30,17 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "VerificationError",
+    "VlmPruning",
     "calibrate",
     "escalate",
     "load_plan",
     "load_pruned",
     "plan_of",
     "prune_",
+    "prune_vlm_",
     "record",
     "save_pruned",
     "unprune_",
+    "unprune_vlm_",
     "verify",
 ]

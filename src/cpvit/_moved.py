@@ -38,7 +38,7 @@ MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "search": ("tuning.search",),
         "seed": ("commands.original",),
         "speedup": ("tuning.speedup",),
-        "support": ("measure.support", "measure.support_cases"),
+        "support": ("measure.support", "measure.support_cases", "measure.support_models"),
         "sweep": ("measure.sweep", "pictures.sweeps"),
         "timing": ("machine.timer", "machine.timing_cache", "machine.block_profiler", "machine.time_model"),
         "tune": ("tuning.tune", "tuning.target"),

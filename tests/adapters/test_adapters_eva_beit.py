@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs
-from timm.layers import HybridEmbed
 from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from timm.models.cait import Cait
 from timm.models.swin_transformer import SwinTransformer
@@ -436,21 +435,6 @@ def test_custom_attention_and_blocks_are_refused() -> None:
     model = make("beit")
     model.blocks[1].__class__ = _OwnBlock
     with pytest.raises(UnsupportedModelError, match="block 1 of Beit is a _OwnBlock"):
-        open_host(model)
-
-
-class _Backbone(nn.Conv2d):
-    """Stands for a convolutional network in front of the transformer."""
-
-    num_features = 4
-
-
-def test_hybrid_stem_is_refused() -> None:
-    stem = partial(HybridEmbed, backbone=_Backbone(3, 4, 8, 8), feature_size=(4, 4))
-    model = vision_transformer.VisionTransformer(
-        img_size=32, patch_size=1, embed_dim=24, depth=1, num_heads=3, embed_layer=stem
-    )
-    with pytest.raises(UnsupportedModelError, match=r"HybridEmbed stem cannot be pruned.*not hybrids"):
         open_host(model)
 
 

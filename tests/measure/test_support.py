@@ -15,7 +15,7 @@ from cpvit import PruneConfig, prune_
 from cpvit.adapters import open_host
 from cpvit.commands.cli import main
 from cpvit.measure import support
-from cpvit.measure.support import NO_TRANSFORMERS, YES, SupportRow, measure, random_images, small_model
+from cpvit.measure.support import NOT_INSTALLED, YES, SupportRow, measure, random_images, small_model
 from cpvit.measure.support_cases import CASES, Case, representatives
 
 # Where cutting a head out of one block would not be exact it is refused, with the reason.
@@ -46,8 +46,8 @@ def test_the_table_is_broad() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_case_is_exact_and_can_be_pruned(case: Case) -> None:
-    if case.needs_transformers:
-        pytest.importorskip("transformers")
+    if case.package:
+        pytest.importorskip(case.package)
     model = open_host(small_model(case))
     support.check(model)
     images = random_images(model, 2)
@@ -62,7 +62,7 @@ def test_every_case_is_exact_and_can_be_pruned(case: Case) -> None:
         assert heads == YES
         assert plan.heads_per_block[-1] == 3
     assert support.run(model, images).isfinite().all()
-    support.check_saving(model, images, case.arguments)
+    support.check_saving(model, images, case.arguments, support.untouched_model(case))
 
 
 # Compiling and exporting takes seconds; families that differ in numbers only, or in the weights they come with,
@@ -89,8 +89,8 @@ GRAPHS = (
 @pytest.mark.parametrize("family", GRAPHS)
 def test_a_kind_of_graph_compiles_and_exports(family: str) -> None:
     case = next(case for case in representatives() if case.family == family)
-    if case.needs_transformers:
-        pytest.importorskip("transformers")
+    if case.package:
+        pytest.importorskip(case.package)
     row = measure(case)
     assert row.failure == ""
     assert (row.compiles, row.exports, row.saves) == (YES, YES, YES)
@@ -174,7 +174,7 @@ class TestFailures:
 def test_without_transformers_its_models_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cpvit.measure.support.importlib.util.find_spec", lambda name: None)
     row = measure(case_named("ViTModel, base"))
-    assert row.failure == NO_TRANSFORMERS == "skipped: transformers not installed"
+    assert row.failure == NOT_INSTALLED.format("transformers") == "skipped: transformers not installed"
     assert not row.failed
 
 
@@ -209,8 +209,8 @@ def test_a_family_is_a_pattern_too() -> None:
 @pytest.mark.parametrize("case", representatives(), ids=case_id)
 def test_what_leaves_the_last_block_is_free_only_where_nothing_reads_it(case: Case) -> None:
     """A model that says so must answer alike however many patches leave its last block."""
-    if case.needs_transformers:
-        pytest.importorskip("transformers")
+    if case.package:
+        pytest.importorskip(case.package)
     host = open_host(small_model(case))
     images = random_images(host, 2)
     outputs = []

@@ -10,7 +10,10 @@ from conftest import GRID, random_images, tiny_vit
 from reference import paper_oracle
 from torch import Tensor, nn
 
-from cpvit import calibrate, plan_of, prune_
+from cpvit import PruneConfig, calibrate, plan_of, prune_
+from cpvit.adapters import open_host
+from cpvit.data.loader import Batch
+from cpvit.measure.evaluate import predict
 from cpvit.pruning.calibrate import attention_range, patch_distances
 
 DISTANCE = patch_distances(2, 3)
@@ -113,3 +116,23 @@ def test_a_failure_leaves_the_model_untouched(model: nn.Module) -> None:
     with pytest.raises(AssertionError):
         calibrate(model, [torch.zeros(1, 3, 8, 8)])
     assert type(model.blocks) is nn.Sequential
+
+
+@pytest.mark.parametrize("look", ["calibrate", "predict"])
+def test_a_model_that_was_looked_at_can_be_trained(look: str) -> None:
+    """transformers' BEiT keeps its table of relative positions: made in inference mode, no gradient could pass it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    config = transformers.BeitConfig(
+        **sizes, image_size=40 if look == "predict" else 48, patch_size=8, use_relative_position_bias=True
+    )
+    model = transformers.BeitForImageClassification(config)
+    host = open_host(model)
+    images = torch.randn(2, *host.image_shape)
+    if look == "calibrate":
+        calibrate(model, images)
+    else:
+        predict(host, [Batch(images, torch.tensor([0, 1]), ("a", "b"))])  # type: ignore[arg-type]
+    model.train()(images).logits.sum().backward()
+    prune_(model, PruneConfig(keep_rate=0.5), verify=False)
+    model(images).logits.sum().backward()

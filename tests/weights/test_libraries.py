@@ -160,3 +160,30 @@ def test_a_saved_pruned_model_with_cut_heads_is_evaluated_as_it_is(
     assert Preprocessing.from_model(again) == Preprocessing.from_model(model)
     assert run("eval", "--model", tmp_path / "pruned", "--data", data, "--macs", 0.7) != 0
     assert "holds a pruned model and its plan; leave out --plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["open_clip:tiny-eye", "towers"])
+def test_a_pruned_model_of_open_clip_is_built_again_by_its_name(name: str, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    config = {
+        "embed_dim": 20,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 24, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 12, "vocab_size": 99, "width": 16, "heads": 2, "layers": 2},
+    }
+    (tmp_path / "tiny-eye.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-eye.json")
+    whole = name == "towers"
+    model = open_clip.create_model("tiny-eye").eval() if whole else create_model(name)
+    arguments = {"architecture": "tiny-eye"} if whole else None
+    plan = cpvit.prune_(model, cpvit.PruneConfig(keep_per_block=(12, 8, 5)))
+    if whole:
+        described = json.loads((cpvit.save_pruned(model, tmp_path / "b") / "model.json").read_text())
+        assert 'arguments={"architecture": "ViT-B-32"}' in described["no_recipe"]
+    again = cpvit.load_pruned(cpvit.save_pruned(model, tmp_path / "a", arguments=arguments))
+    host, images = open_host(model), torch.randn(2, 3, 32, 32)
+    assert cpvit.plan_of(again) == plan
+    with torch.no_grad():
+        assert torch.equal(open_host(again).output(again(images)), host.output(model(images)))
+    if not whole:
+        assert Preprocessing.from_model(again) == Preprocessing.from_model(model)
+    del open_clip.factory._MODEL_CONFIGS["tiny-eye"]

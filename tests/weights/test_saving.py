@@ -21,6 +21,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from cpvit import Plan, PruneConfig, load_pruned, plan_of, prune_, save_pruned, unprune_
 from cpvit.adapters import open_host
 from cpvit.data import Preprocessing
+from cpvit.weights.card import CARD
 from cpvit.weights.saving import FILES, VERSION
 from cpvit.weights.spec import ModelSpec, build, first_difference
 
@@ -114,7 +115,7 @@ def test_the_folder_holds_weights_a_plan_and_a_builder_and_no_path(model: Any, t
     plan = prune_(model, PATCHES_ONLY)
     folder = save_pruned(model, str(tmp_path / "saved"))
     assert folder == tmp_path / "saved"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*FILES, CARD))
     assert Plan.load(folder / "plan.json") == plan
     described = json.loads((folder / "model.json").read_text())
     assert described["version"] == VERSION
@@ -255,7 +256,7 @@ def test_loading_draws_no_random_numbers(saved: Path) -> None:
 def test_saving_over_a_saved_model_leaves_nothing_of_it(model: Any, saved: Path) -> None:
     prune_(model, WITH_HEADS, calibration=random_images())
     save_pruned(model, saved)
-    assert sorted(path.name for path in saved.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in saved.iterdir()) == sorted((*FILES, CARD))
     assert torch.equal(output(load_pruned(saved)), output(model))
 
 
@@ -542,7 +543,7 @@ class TestDamage:
 class TestModelSpecs:
     def test_an_unknown_library(self) -> None:
         with pytest.raises(
-            ValueError, match=r"library must be one of timm, torchvision, transformers, got 'x'"
+            ValueError, match=r"library must be one of timm, torchvision, transformers, open_clip, got 'x'"
         ):
             build(ModelSpec("x", "y", {}, {}))
 

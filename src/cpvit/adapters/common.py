@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers import AttentionPoolLatent, HybridEmbed, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,11 +191,11 @@ def timm_host(model: HostModule, family: str, blocks: Sequence[HostBlock], **mor
 
 
 def check_stem(model: HostModule) -> None:
-    """Raise UnsupportedModelError unless the image is cut into patches directly."""
-    if not isinstance(model.patch_embed, PatchEmbed):
+    """Raise UnsupportedModelError unless the image is cut into patches, directly or by convolutions in front."""
+    if not isinstance(model.patch_embed, (PatchEmbed, HybridEmbed)):
         raise UnsupportedModelError(
             f"{type(model).__name__} with a {type(model.patch_embed).__name__} stem cannot be pruned: "
-            "only models that cut the image into patches directly are supported, not hybrids"
+            "only stems that end in one grid of patches are known (timm's PatchEmbed or HybridEmbed)"
         )
 
 
@@ -223,7 +223,8 @@ def image_shape(model: HostModule) -> tuple[int, int, int]:
     """Channels, height and width the model was made for."""
     stem = model.patch_embed
     height, width = stem.img_size
-    return int(stem.proj.in_channels), int(height), int(width)
+    channels = next(layer.in_channels for layer in stem.modules() if isinstance(layer, nn.Conv2d))
+    return channels, int(height), int(width)
 
 
 def grid_of(model: HostModule) -> tuple[int, int]:

@@ -22,7 +22,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         "it pools or merges its patches between stages, which needs every patch in its place",
     ),
     (
-        "ConvNeXt ConvNext ConvMixer MetaNeXt ResNet RegNet EfficientNet MobileNet ByobNet DenseNet VGG "
+        "ConvNeXt ConvNext ConvMixer MetaNeXt ResNet ModifiedResNet RegNet EfficientNet MobileNet ByobNet DenseNet VGG "
         "RepVit FocalNet PoolFormer FastVit EdgeNeXt EfficientFormer SwiftFormer MetaFormer IFormer",
         "it convolves (or pools) over the full patch grid, where no patch can be left out",
     ),

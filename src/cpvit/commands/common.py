@@ -134,14 +134,15 @@ def build_batches(
     options: DataOptions,
     preprocessing: PreprocessingOptions,
     processes: Processes | None = None,
+    classes: int | None = None,
 ) -> Batches:
-    """Labelled batches of what ``--data`` names; of several processes each gets its share."""
+    """Labelled batches of what ``--data`` names, with the model's classes unless another number is given; of several
+    processes each gets its share."""
     source = open_source(options)
-    classes, _ = data_shape(model)
     return make_loader(
         source.limited(options.limit, options.seed),
         build_preprocessing(model, preprocessing),
-        labels=label_map(source, classes),
+        labels=label_map(source, data_shape(model)[0] if classes is None else classes),
         batch_size=options.batch_size,
         num_workers=options.workers,
         skip_bad_images=options.skip_bad_images,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpvit.commands.common import (
@@ -31,8 +31,12 @@ from cpvit.commands.terminal import show
 from cpvit.data import label_map, make_loader
 from cpvit.export.evaluating import evaluate_exported
 from cpvit.export.runtimes import open_exported
-from cpvit.measure.evaluate import evaluate, evaluate_pruned
+from cpvit.machine.device import choose_device, choose_dtype
+from cpvit.measure.evaluate import evaluate, evaluate_host, evaluate_pruned
+from cpvit.multimodal.two_towers import TEMPLATES, open_two_towers, read_lines, zero_shot_classifier
 from cpvit.plans.config import PruneConfig
+from cpvit.plans.escalation import Escalation
+from cpvit.plans.plan import Plan
 from cpvit.pruning.prune import plan_of
 
 
@@ -42,6 +46,11 @@ class EvalModelOptions(ModelOptions):
 
     model: str = ""
     """As for every command; with --exported the dense model to compare with, which may be left out."""
+    zero_shot: Path | None = None
+    """A text file with a class name per line, in the order of the labels: a model with a text tower (open_clip:..., or
+    hf:... of CLIP, SigLIP) classifies by them."""
+    templates: Path | None = None
+    """For --zero-shot: a text file with a template per line, such as: a photo of a {}."""
 
 
 def run(
@@ -67,12 +76,19 @@ def run(
     check_output(output)
     set_seed(data.seed)
     if exported is not None:
+        if model.zero_shot is not None:
+            raise ValueError("--exported holds its classes; leave out --zero-shot")
         if plan is not None or pruning != PruneConfig():
             raise ValueError("--exported holds its plan; leave out --plan, --method, --macs and the like")
         _exported(exported, model, data, preprocessing, output)
         return
     if not model.model:
         raise ValueError("give --model NAME, or --exported FILE")
+    if model.zero_shot is not None:
+        _zero_shot(model, data, planned(pruning, plan), calibration, preprocessing, output)
+        return
+    if model.templates is not None:
+        raise ValueError("--templates is for --zero-shot CLASSES.txt; give both, or neither")
     with joined(model) as processes:
         network = build_model(model, data=data.data)
         batches = build_batches(network, data, preprocessing, processes)
@@ -135,3 +151,41 @@ def _exported(
     result = evaluate_exported(opened, batches, dense=dense, seed=data.seed, progress=progress)
     show(exported_text(result))
     keep(result, output)
+
+
+def _zero_shot(
+    model: EvalModelOptions,
+    data: DataOptions,
+    config: PruneConfig | Plan | Escalation,
+    calibration: CalibrationOptions,
+    preprocessing: PreprocessingOptions,
+    output: ImageRecordOptions,
+) -> None:
+    assert model.zero_shot is not None, "run looked"
+    with joined(model) as processes:
+        towers = open_two_towers(model.model, pretrained=model.pretrained, checkpoint=model.checkpoint)
+        classes = read_lines(model.zero_shot)
+        templates = TEMPLATES if model.templates is None else read_lines(model.templates)
+        host = zero_shot_classifier(towers, classes, templates)
+        network = host.model.to(choose_device(model.device), choose_dtype(model.dtype))
+        batches = build_batches(network, data, preprocessing, processes, len(classes))
+        statistics = build_calibration(
+            network,
+            calibration,
+            preprocessing,
+            seed=data.seed,
+            fallback=data if heads_need_images(config) else None,
+        )
+        result = evaluate_host(
+            host,
+            batches,
+            config,
+            calibration=statistics,
+            seed=data.seed,
+            progress=progress,
+            processes=processes,
+            examples=replace(build_examples(network, preprocessing, output), classes=tuple(classes)),
+        )
+        show(f"zero-shot, {len(classes)} classes in {len(templates)} templates, of the image tower:")
+        show(eval_text(result))
+        keep(result, output, processes)

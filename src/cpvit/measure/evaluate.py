@@ -141,10 +141,33 @@ def evaluate(
     Raises:
         ValueError: The configuration does not fit the model, or the images have no labels.
     """
-    host = open_restored(model)
+    return evaluate_host(
+        open_restored(model),
+        batches,
+        config,
+        calibration=calibration,
+        seed=seed,
+        progress=progress,
+        processes=processes,
+        examples=examples,
+    )
+
+
+def evaluate_host(
+    host: Host,
+    batches: Batches,
+    config: PruneConfig | Plan | Escalation | None = None,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    processes: Processes | None = None,
+    examples: ExampleOptions | None = None,
+) -> EvalResult:
+    """:func:`evaluate` for a model that is opened already, and is not pruned."""
     run = partial(predict, batches=batches, progress=progress, processes=processes)
     dense = run(host, title="dense")
-    dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
+    dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(host.model))
     shown = Gallery(host, dense, batches, examples, processes)
     if isinstance(config, Escalation):
         found = _two_stages(host, config, run, processes)
@@ -277,7 +300,7 @@ def _two_stages(
     return _Pruned(predictions, config.light, macs, count_params(host.model), result)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: a host may keep what it computes now (BEiT's indices) for training
 def predict(
     host: Host,
     batches: Batches,

@@ -26,7 +26,7 @@ from cpvit.weights.saving import load_pruned, save_pruned
 
 MACS, HEAD_KEEP_RATE = 0.6, 0.5
 YES = "yes"
-NO_TRANSFORMERS = "skipped: transformers not installed"
+NOT_INSTALLED = "skipped: {} not installed"
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class SupportRow:
     def failed(self) -> bool:
         """Whether the model, or a cell that every supported model must pass, failed; head pruning may be refused."""
         outcomes = (self.compiles, self.exports, self.saves)
-        return (bool(self.failure) and self.failure != NO_TRANSFORMERS) or any(
+        return (bool(self.failure) and not self.failure.startswith("skipped: ")) or any(
             no != YES for no in outcomes if no
         )
 
 
 def measure(case: Case, *, seed: int = 0) -> SupportRow:
     """One row of the table."""
-    if case.needs_transformers and importlib.util.find_spec("transformers") is None:
-        return SupportRow(case.family, case.name, failure=NO_TRANSFORMERS)
+    if case.package and importlib.util.find_spec(case.package) is None:
+        return SupportRow(case.family, case.name, failure=NOT_INSTALLED.format(case.package))
     try:
         return measure_row(case, seed)
     except Exception as error:  # every failure is a cell of the table
@@ -96,7 +96,7 @@ def measure_row(case: Case, seed: int) -> SupportRow:
         heads_left=plan.heads_per_block,
         compiles=_outcome(check_compile, host, images),
         exports=_outcome(check_export, host, images),
-        saves=_outcome(check_saving, host, images, case.arguments),
+        saves=_outcome(check_saving, host, images, case.arguments, untouched_model(case)),
     )
 
 
@@ -107,6 +107,11 @@ def small_model(case: Case, seed: int = 0) -> nn.Module:
         model = case.small()
         randomize_(model)
     return model.eval()
+
+
+def untouched_model(case: Case) -> nn.Module | None:
+    """What a saved model is loaded into, where it cannot be built from its folder alone."""
+    return small_model(case) if case.by_hand else None
 
 
 @torch.no_grad()
@@ -179,11 +184,13 @@ def check_export(host: Host, images: Tensor) -> None:
     _expect_equal(got, run(host, images), host.depth)
 
 
-def check_saving(host: Host, images: Tensor, arguments: Mapping[str, object]) -> None:
-    """Saved, loaded from the folder alone, and the same output bit for bit."""
+def check_saving(
+    host: Host, images: Tensor, arguments: Mapping[str, object], untouched: nn.Module | None = None
+) -> None:
+    """Saved, loaded from the folder alone (or into an untouched model), and the same output bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(host.model, folder, arguments=arguments)
-        again = load_pruned(folder)
+        again = load_pruned(folder, untouched)
     with torch.inference_mode():
         got = host.output(again(images))
     if not torch.equal(got, run(host, images)):

@@ -2,147 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Iterable
 
-import timm
-import torch
-from torch import nn
+from cpvit.measure.support_models import (
+    Case,
+    dinov2_case,
+    open_clip_case,
+    timm_case,
+    torchvision_case,
+    transformers_case,
+)
 
-DEPTH, HEADS, GRID, CLASSES = 4, 6, (8, 8), 10
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model of the support table."""
-
-    name: str
-    family: str
-    full: Callable[[], nn.Module]
-    """The full model; only ever called on the meta device."""
-    small: Callable[[], nn.Module]
-    """The same architecture, small."""
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    """What cannot be read off the model (see ``save_pruned``)."""
-    needs_transformers: bool = False
-
-
-def _timm(
-    name: str, family: str, *, grid: tuple[int, int] = GRID, note: str = "", **arguments: object
-) -> Case:
-    full = partial(timm.create_model, name, **arguments)
-    return Case(f"{name}{note}", family, full, partial(_small_timm, name, grid, arguments), arguments)
-
-
-def _small_timm(name: str, grid: tuple[int, int], arguments: Mapping[str, object]) -> nn.Module:
-    with torch.device("meta"):
-        patch = timm.create_model(name).patch_embed.patch_size
-    small: nn.Module = timm.create_model(
-        name,
-        img_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        embed_dim=_width(patch[0]),
-        depth=DEPTH,
-        num_heads=HEADS,
-        num_classes=CLASSES,
-        **arguments,
-    )
-    return small
-
-
-def _width(patch: int) -> int:
-    """Narrower, and cutting the image into patches would cost more than the blocks that are pruned."""
-    return 192 if patch >= 32 else 96
-
-
-def _torchvision(name: str) -> Case:
-    return Case(name, "torchvision ViT", partial(_full_torchvision, name), partial(_small_torchvision, name))
-
-
-def _full_torchvision(name: str) -> nn.Module:
-    from torchvision.models import get_model
-
-    model: nn.Module = get_model(name, weights=None)
-    return model
-
-
-def _small_torchvision(name: str) -> nn.Module:
-    from torchvision.models.vision_transformer import VisionTransformer
-
-    patch = int(name.rpartition("_")[2])
-    width = _width(patch)
-    model: nn.Module = VisionTransformer(
-        GRID[0] * patch, patch, DEPTH, HEADS, width, 4 * width, num_classes=CLASSES
-    )
-    return model
-
-
-def _transformers(kind: str, family: str, note: str = "", **values: object) -> Case:
-    return Case(
-        f"{kind}{note}",
-        family,
-        partial(_full_transformers, kind, values),
-        partial(_small_transformers, kind, values),
-        needs_transformers=True,
-    )
-
-
-def _full_transformers(kind: str, values: Mapping[str, object]) -> nn.Module:
-    import transformers
-
-    return _from_config(getattr(transformers, kind), values)
-
-
-def _small_transformers(kind: str, values: Mapping[str, object]) -> nn.Module:
-    import transformers
-
-    found: Any = getattr(transformers, kind)
-    patch = values.get("patch_size", 16)
-    assert isinstance(patch, int)
-    video = {"num_frames": 4} if "tubelet_size" in values else {}
-    small: dict[str, object] = {
-        "hidden_size": _width(patch),
-        "intermediate_size": 4 * _width(patch),
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS,
-        "image_size": GRID[0] * patch,
-        "patch_size": patch,
-        "num_labels": CLASSES,
-        **video,
-    }
-    return _from_config(found, {**values, **small})
-
-
-def _from_config(kind: Any, values: Mapping[str, object]) -> nn.Module:
-    """Classifiers of two-tower models keep the values of the image tower one level down."""
-    if not kind.__name__.startswith(_TWO_TOWERS) or not kind.__name__.endswith("ForImageClassification"):
-        model: nn.Module = kind(kind.config_class(**values))
-        return model
-    tower = {name: value for name, value in values.items() if name != "num_labels"}
-    labels = {"num_labels": values["num_labels"]} if "num_labels" in values else {}
-    classifier: nn.Module = kind(kind.config_class(vision_config=tower, text_config=_TEXT, **labels))
-    return classifier
-
-
-_TWO_TOWERS = ("CLIP", "Siglip", "MetaClip2")
-
-
-_TEXT = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "vocab_size": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-"""Of the text towers, which are not part of the classifiers."""
+__all__ = ["CASES", "Case", "representatives"]
 
 
 def _family(family: str, names: str) -> tuple[Case, ...]:
-    return tuple(_timm(name, family) for name in names.split())
+    return tuple(timm_case(name, family) for name in names.split())
 
 
 _HF_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -160,8 +35,8 @@ CASES: tuple[Case, ...] = (
         "vit_tiny_patch16_224 vit_small_patch32_224 vit_base_patch16_224 vit_base_patch8_224 "
         "vit_large_patch16_224 vit_huge_patch14_224 vit_small_patch16_36x1_224",
     ),
-    _timm("vit_base_patch16_224", "ViT", grid=(5, 9), note=", image of 5 x 9 patches"),
-    _timm("vit_base_patch16_224", "ViT", note=", q/k norm", qk_norm=True),
+    timm_case("vit_base_patch16_224", "ViT", grid=(5, 9), note=", image of 5 x 9 patches"),
+    timm_case("vit_base_patch16_224", "ViT", note=", q/k norm", qk_norm=True),
     *_family("ViT, AugReg", "vit_tiny_patch16_224.augreg_in21k vit_base_patch32_384.augreg_in21k_ft_in1k"),
     *_family("ViT, average pooling", "vit_medium_patch16_gap_240 vit_huge_patch14_gap_224"),
     *_family("ViT, registers", "vit_little_patch16_reg1_gap_256 vit_base_patch16_reg4_gap_256"),
@@ -196,14 +71,20 @@ CASES: tuple[Case, ...] = (
     *_family("ViT, rotary per head", "vit_base_patch16_rope_mixed_224"),
     *_family("BEiT", "beit_base_patch16_224 beit_large_patch16_512"),
     *_family("BEiT v2", "beitv2_base_patch16_224 beitv2_large_patch16_224"),
-    *(_torchvision(name) for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")),
-    _transformers("ViTForImageClassification", "transformers ViT", ", base"),
-    _transformers("ViTForImageClassification", "transformers ViT", ", large", **_HF_LARGE),
-    _transformers("ViTModel", "transformers ViT", ", base"),
-    _transformers("DeiTForImageClassification", "transformers DeiT", ", small", **_HF_SMALL),
-    _transformers("DeiTForImageClassificationWithTeacher", "transformers DeiT", ", base"),
-    _transformers("Dinov2Model", "transformers DINOv2", ", small", patch_size=14, **_HF_SMALL),
-    _transformers(
+    *(open_clip_case(name, "open_clip ViT") for name in ("ViT-B-32", "ViT-L-14-quickgelu", "ViT-bigG-14")),
+    open_clip_case("ViT-H-14-CLIPA", "open_clip ViT, average pooling"),
+    open_clip_case("coca_ViT-B-32", "open_clip ViT, attention pooling"),
+    dinov2_case("dinov2_vits14"),
+    dinov2_case("dinov2_vitg14"),
+    dinov2_case("dinov2_vits14", ", registers", num_register_tokens=4),
+    *(torchvision_case(name) for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")),
+    transformers_case("ViTForImageClassification", "transformers ViT", ", base"),
+    transformers_case("ViTForImageClassification", "transformers ViT", ", large", **_HF_LARGE),
+    transformers_case("ViTModel", "transformers ViT", ", base"),
+    transformers_case("DeiTForImageClassification", "transformers DeiT", ", small", **_HF_SMALL),
+    transformers_case("DeiTForImageClassificationWithTeacher", "transformers DeiT", ", base"),
+    transformers_case("Dinov2Model", "transformers DINOv2", ", small", patch_size=14, **_HF_SMALL),
+    transformers_case(
         "Dinov2ForImageClassification",
         "transformers DINOv2",
         ", giant",
@@ -213,13 +94,15 @@ CASES: tuple[Case, ...] = (
         num_attention_heads=24,
         use_swiglu_ffn=True,
     ),
-    _transformers(
+    transformers_case(
         "Dinov2WithRegistersModel", "transformers DINOv2, registers", ", small", patch_size=14, **_HF_SMALL
     ),
-    _transformers("CLIPVisionModelWithProjection", "transformers CLIP", ", base", patch_size=32),
-    _transformers("CLIPForImageClassification", "transformers CLIP", ", large", patch_size=14, **_HF_LARGE),
-    _transformers("DINOv3ViTModel", "transformers DINOv3", ", small", num_register_tokens=4, **_HF_SMALL),
-    _transformers(
+    transformers_case("CLIPVisionModelWithProjection", "transformers CLIP", ", base", patch_size=32),
+    transformers_case(
+        "CLIPForImageClassification", "transformers CLIP", ", large", patch_size=14, **_HF_LARGE
+    ),
+    transformers_case("DINOv3ViTModel", "transformers DINOv3", ", small", num_register_tokens=4, **_HF_SMALL),
+    transformers_case(
         "DINOv3ViTModel",
         "transformers DINOv3",
         ", huge plus",
@@ -230,20 +113,22 @@ CASES: tuple[Case, ...] = (
         num_hidden_layers=32,
         num_attention_heads=20,
     ),
-    _transformers(
+    transformers_case(
         "BeitForImageClassification", "transformers BEiT", ", base", use_relative_position_bias=True
     ),
-    _transformers("BeitModel", "transformers BEiT", ", base", use_shared_relative_position_bias=True),
-    _transformers(
+    transformers_case("BeitModel", "transformers BEiT", ", base", use_shared_relative_position_bias=True),
+    transformers_case(
         "Data2VecVisionForImageClassification",
         "transformers Data2Vec",
         ", base",
         use_relative_position_bias=True,
     ),
-    _transformers("ViTMSNForImageClassification", "transformers ViT-MSN", ", base"),
-    _transformers("IJepaForImageClassification", "transformers I-JEPA", ", huge", patch_size=14, **_HF_HUGE),
-    _transformers("Aimv2VisionModel", "transformers AIMv2", ", large", patch_size=14, **_HF_LARGE),
-    _transformers(
+    transformers_case("ViTMSNForImageClassification", "transformers ViT-MSN", ", base"),
+    transformers_case(
+        "IJepaForImageClassification", "transformers I-JEPA", ", huge", patch_size=14, **_HF_HUGE
+    ),
+    transformers_case("Aimv2VisionModel", "transformers AIMv2", ", large", patch_size=14, **_HF_LARGE),
+    transformers_case(
         "InternVLVisionModel",
         "transformers InternVL",
         ", 300M",
@@ -252,18 +137,18 @@ CASES: tuple[Case, ...] = (
         layer_scale_init_value=0.1,
         **_HF_LARGE,
     ),
-    _transformers("ChineseCLIPVisionModel", "transformers Chinese-CLIP", ", base"),
-    _transformers(
+    transformers_case("ChineseCLIPVisionModel", "transformers Chinese-CLIP", ", base"),
+    transformers_case(
         "MetaClip2ForImageClassification", "transformers MetaCLIP 2", ", huge", patch_size=14, **_HF_HUGE
     ),
-    _transformers("AltCLIPVisionModel", "transformers AltCLIP", ", large", patch_size=14, **_HF_LARGE),
-    _transformers("BlipVisionModel", "transformers BLIP", ", base"),
-    _transformers("OwlViTVisionModel", "transformers OWL-ViT", ", base", patch_size=32),
-    _transformers("GitVisionModel", "transformers GIT", ", base"),
-    _transformers("MLCDVisionModel", "transformers MLCD", ", large", patch_size=14, **_HF_LARGE),
-    _transformers("VideoMAEForVideoClassification", "transformers VideoMAE", ", base", tubelet_size=2),
-    _transformers("SiglipVisionModel", "transformers SigLIP", ", base"),
-    _transformers("SiglipForImageClassification", "transformers SigLIP", ", large", **_HF_LARGE),
+    transformers_case("AltCLIPVisionModel", "transformers AltCLIP", ", large", patch_size=14, **_HF_LARGE),
+    transformers_case("BlipVisionModel", "transformers BLIP", ", base"),
+    transformers_case("OwlViTVisionModel", "transformers OWL-ViT", ", base", patch_size=32),
+    transformers_case("GitVisionModel", "transformers GIT", ", base"),
+    transformers_case("MLCDVisionModel", "transformers MLCD", ", large", patch_size=14, **_HF_LARGE),
+    transformers_case("VideoMAEForVideoClassification", "transformers VideoMAE", ", base", tubelet_size=2),
+    transformers_case("SiglipVisionModel", "transformers SigLIP", ", base"),
+    transformers_case("SiglipForImageClassification", "transformers SigLIP", ", large", **_HF_LARGE),
 )
 """Every family, at sizes from tiny to huge."""
 

@@ -88,7 +88,7 @@ class _Moments:
         return HeadOutputs(mean, self.square / self.tokens - mean.outer(mean))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: a host may keep what it computes now (BEiT's indices) for training
 def _run_all(host: Host, images: Tensor | Iterable[Tensor]) -> None:
     with host.in_eval_mode():
         for batch in images.split(32) if isinstance(images, Tensor) else images:

@@ -10,13 +10,12 @@ from torch import nn
 
 from cpvit.weights.libraries import (
     HF_PREFIX,
-    OPEN_CLIP_PREFIX,
-    create_open_clip,
     create_transformers,
     is_saved_folder,
     open_folder,
     torchvision_config,
 )
+from cpvit.weights.open_clip_models import OPEN_CLIP_PREFIX, create_open_clip
 
 ORIGINAL_MODELS: Mapping[str, str] = MappingProxyType(
     {

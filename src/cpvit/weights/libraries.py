@@ -1,4 +1,4 @@
-"""Create models of other libraries than timm by name: Hugging Face transformers, open_clip, and saved folders.
+"""Create models of other libraries than timm by name: Hugging Face transformers, torchvision, and saved folders.
 
 Each gets timm's ``pretrained_cfg`` with the preprocessing that its library keeps for it, where there is one, so that
 ``Preprocessing.from_model`` reads them all alike.
@@ -12,9 +12,10 @@ from typing import Any
 from PIL.Image import Resampling
 from torch import nn
 
+from cpvit.weights.open_clip_models import imported
 from cpvit.weights.saving import MODEL, load_pruned
 
-HF_PREFIX, OPEN_CLIP_PREFIX = "hf:", "open_clip:"
+HF_PREFIX = "hf:"
 
 
 def is_saved_folder(name: str) -> bool:
@@ -44,7 +45,7 @@ def create_transformers(source: str, num_classes: int | None, *, pretrained: boo
         ValueError: There is no such model.
         UnsupportedModelError: It cannot be pruned.
     """
-    transformers = _imported("transformers", "cpvit[hf]")
+    transformers = imported("transformers", "cpvit[hf]")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:
@@ -89,48 +90,6 @@ def _from_processor(processor: Any) -> dict[str, object]:
         "crop_pct": min(side) / (edge or min(side)),
         "crop_mode": "center" if edge else "squash",
     }
-
-
-def create_open_clip(name: str, *, pretrained: bool) -> nn.Module:
-    """The image tower of a model of open_clip.
-
-    Args:
-        name: Without the prefix ``open_clip:``; behind another colon the tag of its weights.
-        pretrained: Load the weights of that tag.
-
-    Raises:
-        ImportError: open_clip is not installed.
-        ValueError: There is no such model, or no such weights.
-    """
-    open_clip = _imported("open_clip", "open_clip_torch")
-    architecture, _, tag = name.partition(":")
-    if architecture not in open_clip.list_models():
-        raise ValueError(
-            f"unknown model {architecture!r}; open_clip has {', '.join(open_clip.list_models())}"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if pretrained and tag not in tags:
-        names = ", ".join(tags) or "none"
-        raise ValueError(f"name the weights, as in {OPEN_CLIP_PREFIX}{architecture}:TAG; there are {names}")
-    visual = open_clip.create_model(architecture, pretrained=tag if pretrained else None).visual
-    model, known = getattr(visual, "trunk", visual), visual.preprocess_cfg
-    size = known["size"]
-    model.pretrained_cfg = {
-        "input_size": (3, size, size) if isinstance(size, int) else (3, *size),
-        "mean": tuple(known["mean"]),
-        "std": tuple(known["std"]),
-        "interpolation": known["interpolation"],
-        "crop_pct": 1.0,
-        "crop_mode": "squash" if known["resize_mode"] == "squash" else "center",
-    }
-    return _in_eval_mode(model)
-
-
-def _imported(library: str, package: str) -> Any:
-    try:
-        return __import__(library)
-    except ImportError as error:
-        raise ImportError(f"{library} is not installed: pip install '{package}'") from error
 
 
 def _in_eval_mode(model: Any) -> nn.Module:

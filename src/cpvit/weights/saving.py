@@ -3,6 +3,7 @@
 model.safetensors   the weights as they are now, without those of cut heads
 plan.json           the active plan, as ``Plan.load`` reads it
 model.json          the model spec, where one can be inferred, and the settings of the pruning
+README.md           the model card
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed
 from cpvit.pruning.opening import open_pruned, unprune_host
 from cpvit.pruning.prune import prune_host
+from cpvit.weights.card import CARD, MARK, model_card
+from cpvit.weights.hub import download, is_on_hub, upload
 from cpvit.weights.spec import ModelSpec, ModelSpecError, build, infer_model_spec
 
 WEIGHTS, PLAN, MODEL = "model.safetensors", "plan.json", "model.json"
 FILES = (WEIGHTS, PLAN, MODEL)
+"""What a folder needs; the card is for people."""
 VERSION = 1
 """Of the folder's layout."""
 KEYS = {"spec": "recipe", "no_spec": "no_recipe"}
@@ -55,23 +59,33 @@ class SavedModel:
 
 
 def save_pruned(
-    model: nn.Module, folder: str | Path, *, arguments: Mapping[str, object] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    arguments: Mapping[str, object] | None = None,
+    results: Mapping[str, float] | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
-    """Save a pruned model so that :func:`load_pruned` gives it back, bit for bit.
+    """Save a pruned model so that :func:`load_pruned` gives it back, bit for bit, with a model card.
 
-    A folder that holds a saved model already is overwritten, once everything is written.
+    A folder that holds a saved model already is overwritten, once everything is written; a README.md that cpvit did
+    not write stays.
 
     Args:
         model: A pruned model.
         folder: Where to; made if it is not there.
         arguments: Keyword arguments the model was created with, for the few that cannot be inferred from it
-            (``qk_norm=True`` ...). Without them :func:`load_pruned` needs a model to load into.
+            (``qk_norm=True`` ...). Without them :func:`load_pruned` needs a model to load into. Of a model of
+            open_clip that was not created by cpvit: ``architecture="ViT-B-32"``.
+        results: Measured figures for the card, by their names: ``{"top-1 %": 81.5}``.
+        push_to_hub: Also upload the folder to this repository ("user/name") of the Hugging Face hub, which is made
+            if it is not there. Log in first (``hf auth login``).
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The model is not pruned, or the path is a file.
+        ValueError: The model is not pruned, or the path is a file, or push_to_hub is no repository's name.
 
     Example:
         >>> save_pruned(model, "deit_small_60")  # doctest: +SKIP
@@ -83,12 +97,22 @@ def save_pruned(
         raise ValueError(f"{target} is a file; give the name of a folder to save the model in")
     tensors, shared = _without_copies(model.state_dict())
     saved = _describe(host, container.plan, arguments, container.cascade.dense_features, shared)
+    card = model_card(host, container.plan, results, push_to_hub or "")
     target.mkdir(parents=True, exist_ok=True)
+    files = (*FILES, CARD) if _is_ours(target / CARD) else FILES
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
         _write(Path(name), tensors, container.plan, saved)
-        for file in FILES:
+        (Path(name) / CARD).write_text(card, encoding="utf-8")
+        for file in files:
             (Path(name) / file).replace(target / file)
+    if push_to_hub is not None:
+        upload(target, push_to_hub, (*FILES, CARD), f"{container.plan.model}: {container.plan.dial}")
     return target
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a card may be written: there is none, or cpvit wrote it."""
+    return not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -97,7 +121,8 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     Of heads that were cut the weights are not in the file: such a model cannot be unpruned.
 
     Args:
-        folder: What :func:`save_pruned` was given.
+        folder: What :func:`save_pruned` was given; ``hf-hub:user/name`` for a repository of the Hugging Face hub
+            (``hf-hub:user/name@revision``).
         model: An untouched model of the same architecture, changed in place; needed only where no model spec
             could be inferred when it was saved.
 
@@ -108,7 +133,7 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     Example:
         >>> model = load_pruned("deit_small_60")  # doctest: +SKIP
     """
-    source = Path(folder).expanduser()
+    source = download(str(folder), FILES) if is_on_hub(folder) else Path(folder).expanduser()
     _check_there(source)
     saved = _read_saved(source / MODEL)
     plan = Plan.load(source / PLAN)

@@ -18,7 +18,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, HybridEmbed
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
@@ -26,6 +26,7 @@ from cpvit.adapters import Host
 from cpvit.adapters.hf_tower import sees_images
 from cpvit.plans.plan import Plan
 from cpvit.pruning.prune import prune_
+from cpvit.weights.open_clip_models import create_open_clip_towers
 
 
 class ModelSpecError(ValueError):
@@ -37,7 +38,7 @@ class ModelSpec:
     """How to build an untouched model with fresh weights. Readable JSON."""
 
     library: str
-    """timm, torchvision or transformers."""
+    """timm, torchvision, transformers or open_clip."""
     name: str
     """timm's architecture name, or the class (of transformers behind its module, if it is not exported)."""
     arguments: dict[str, Any]
@@ -57,7 +58,7 @@ def infer_model_spec(host: Host, plan: Plan, arguments: Mapping[str, object] | N
     Raises:
         ModelSpecError: It cannot be inferred.
     """
-    inferred = _infer(host, plan)
+    inferred = _infer(host, plan, arguments or {})
     spec = replace(inferred, arguments={**inferred.arguments, **_plain(arguments or {})})
     try:
         with torch.device("meta"):
@@ -82,6 +83,7 @@ def build(spec: ModelSpec) -> nn.Module:
         "timm": _build_timm,
         "torchvision": _build_torchvision,
         "transformers": _build_transformers,
+        "open_clip": _build_open_clip,
     }
     if spec.library not in builders:
         raise ValueError(f"library must be one of {', '.join(builders)}, got {spec.library!r}")
@@ -91,7 +93,7 @@ def build(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def _infer(host: Host, plan: Plan) -> ModelSpec:
+def _infer(host: Host, plan: Plan, arguments: Mapping[str, object]) -> ModelSpec:
     kind = type(host.model)
     if kind.__module__.startswith("timm."):
         return _infer_timm(host, plan)
@@ -99,6 +101,8 @@ def _infer(host: Host, plan: Plan) -> ModelSpec:
         return _infer_torchvision(host, plan)
     if kind.__module__.startswith("transformers."):
         return _infer_transformers(host.model)
+    if kind.__module__.startswith("open_clip."):
+        return _infer_open_clip(host.model, arguments)
     raise ModelSpecError(
         f"{kind.__qualname__} of {kind.__module__} comes from none of the libraries cpvit knows"
     )
@@ -129,6 +133,8 @@ def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
         "depth": host.depth,
         "num_heads": plan.num_heads[0],
     }
+    if isinstance(model.patch_embed, HybridEmbed):
+        del arguments["patch_size"]  # that of its patches on the image; timm asks for the one on its features
     if rate := max(
         (module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0
     ):
@@ -207,6 +213,22 @@ def _build_transformers(spec: ModelSpec) -> nn.Module:
 
 def _is_image_model(kind: Any, base: type) -> bool:
     return inspect.isclass(kind) and issubclass(kind, base) and sees_images(kind)
+
+
+def _infer_open_clip(model: Any, arguments: Mapping[str, object]) -> ModelSpec:
+    name = arguments.get("architecture") or (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise ModelSpecError(
+            f"this {type(model).__name__} of open_clip has no name; give it: save_pruned(..., arguments="
+            '{"architecture": "ViT-B-32"})'
+        )
+    return ModelSpec("open_clip", str(name), {"towers": hasattr(model, "visual")}, _preprocessing(model))
+
+
+def _build_open_clip(spec: ModelSpec) -> nn.Module:
+    towers, eye = create_open_clip_towers(spec.name, pretrained=False)
+    model: nn.Module = towers if spec.arguments.get("towers") else eye
+    return model
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
