@@ -70,7 +70,7 @@ def run_cli(
     """
     try:
         with command_line((prog, *arguments)):
-            _parse(functions, arguments, prog)()
+            parse(functions, arguments, prog)()
     except SystemExit as stop:  # --help, or a command line tyro refused
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -84,10 +84,14 @@ def run_cli(
     return 0
 
 
-def _parse(
+def parse(
     functions: dict[str, Callable[..., None]] | Callable[..., None], arguments: Sequence[str], prog: str
 ) -> Callable[[], None]:
-    """Let tyro parse, without calling yet; its boxed complaint becomes one line."""
+    """Let tyro parse a command line, without calling yet; its boxed complaint becomes one line.
+
+    Raises:
+        SystemExit: It cannot be understood, or asks for help only.
+    """
     complaint = io.StringIO()
     config = (tyro.conf.OmitArgPrefixes,)
     given = list(arguments)
