@@ -87,10 +87,10 @@ def run_cli(
 def parse(
     functions: dict[str, Callable[..., None]] | Callable[..., None], arguments: Sequence[str], prog: str
 ) -> Callable[[], None]:
-    """Let tyro parse a command line, without calling yet; its boxed complaint becomes one line.
+    """Let tyro parse, without calling yet; its boxed complaint becomes one line.
 
     Raises:
-        SystemExit: It cannot be understood, or asks for help only.
+        SystemExit: Help was asked for, or the command line cannot be understood.
     """
     complaint = io.StringIO()
     config = (tyro.conf.OmitArgPrefixes,)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cpvit.data import Preprocessing
+from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan, plan_from_values
 
 Format: TypeAlias = Literal["onnx", "openvino", "torch"]
@@ -90,7 +91,7 @@ class Description:
         Raises:
             ValueError: Not a description, or one of a later version.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         if not isinstance(values, dict) or "weights_sha256" not in values:
             raise ValueError("not a description of an exported model")
         if values.get("version", 0) > VERSION:

@@ -11,6 +11,7 @@ import torch
 
 from cpvit.machine.files import write_atomically
 from cpvit.machine.timer import Run, Timer
+from cpvit.plans.json_text import parse_json
 
 
 class TimesError(ValueError):
@@ -42,9 +43,9 @@ class TimingCache:
 
     def _read(self) -> dict[str, float]:
         try:
-            content = json.loads(self.path.read_text())
+            content = parse_json(self.path.read_text())
             return {str(name): float(value) for name, value in content["seconds"].items()}
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise TimesError(
                 f"{self.path} does not hold block times; delete it to have them measured again"
             ) from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan, plan_from_values
 
 ESCALATION_VERSION = 1
@@ -63,7 +64,7 @@ def load_plan(path: str | Path) -> Plan | Escalation:
     """
     try:
         text = Path(path).read_text()
-        values = json.loads(text)
+        values = parse_json(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the plan {path}: {error}") from None
     if not isinstance(values, dict) or "escalation" not in values:

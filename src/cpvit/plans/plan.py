@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpvit.plans.json_text import parse_json
+
 PLAN_VERSION = 1
 
 
@@ -69,8 +71,8 @@ class Plan:
             ValueError: Not JSON, not a plan, or a plan of a later version.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not a plan: {error}") from None
         return plan_from_values(values)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpvit.machine.files import write_atomically
+from cpvit.plans.json_text import parse_json
 from cpvit.tuning.search import Counts
 
 
@@ -22,9 +23,9 @@ class SearchCheckpoint:
 
     def _read(self, path: Path) -> dict[str, list[float]]:
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             return dict(content["known"]) if content["key"] == self.key else {}
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not the memory of a search; delete it to start anew") from None
 
     def cached(self, distances: Callable[[Counts], list[float]]) -> Callable[[Counts], list[float]]:

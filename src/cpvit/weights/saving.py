@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
 from cpvit.machine.files import replacing
+from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed
 from cpvit.pruning.opening import open_pruned, unprune_host
@@ -182,8 +183,8 @@ def _check_there(folder: Path) -> None:
 
 def _read_saved(file: Path) -> SavedModel:
     try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = parse_json(file.read_text())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); save the model again") from None
     if not isinstance(values, dict) or not isinstance(values.get("version"), int):
         raise ValueError(f"{file} does not say how it was saved (no version); save the model again")

@@ -1,0 +1,122 @@
+"""The published figures: every page says what its records say, and every record can be made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from cpvit.commands.cli import commands, parse
+from evidence import pages
+from evidence.__main__ import compare, main, texts
+from evidence.catalog import ALL_RECORDS, ALL_TABLES, CHECKS, RECORDS, ROOT, TYPED, Record
+from evidence.intervals import differ, interval, lost_error
+from evidence.records import load, run
+
+PAGES = sorted({*TYPED, *(table.page for table in ALL_TABLES)})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_says_what_its_records_say(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert text == pages.written(text, texts()), "run python -m evidence --write"
+
+
+def test_every_table_has_a_place_and_every_place_a_table() -> None:
+    expected = {(table.page, table.name) for table in ALL_TABLES}
+    found = {(page, name) for page in PAGES for name in pages.names((ROOT / page).read_text())}
+    assert found == expected
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_other_table_with_numbers_is_typed_in(page: str) -> None:
+    assert pages.typed_tables((ROOT / page).read_text()) == [header for header, _ in TYPED.get(page, ())]
+
+
+@pytest.mark.parametrize("record", ALL_RECORDS, ids=lambda record: record.name)
+def test_a_record_was_made_by_its_command_which_still_parses(record: Record) -> None:
+    assert load(record.path)["made_by"]["command"] == f"cpvit {record.command}"
+    for call in (*record.before, record.command):
+        parse(commands(), call.split(), prog="cpvit")
+
+
+def test_there_is_no_record_that_no_table_is_made_from() -> None:
+    assert {path.stem for path in RECORDS.glob("*.json")} == {record.name for record in ALL_RECORDS}
+    assert {name for table in ALL_TABLES for name in table.records} == {record.name for record in ALL_RECORDS}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.record)
+def test_a_check_repeats_a_row_of_its_record(check: Any) -> None:
+    points = load(RECORDS / f"{check.record}.json")["points"]
+    assert [(p["method"], p["macs"]) for p in points].count((check.method, check.macs)) == 1
+    parse(commands(), check.command.split(), prog="cpvit")
+
+
+def test_records_hold_no_path_of_a_machine() -> None:
+    for record in ALL_RECORDS:
+        assert "/tmp" not in record.path.read_text()
+        assert "/home" not in record.path.read_text()
+
+
+POINT = {"top1": 80.0, "agreement": 0.9, "kl": 0.1, "macs_ratio": 0.6, "plan": {"patches_per_block": [4, 2]}}
+
+
+def again(**changes: Any) -> Any:
+    return {**POINT, "pruned": {"top1": changes.pop("top1", 80.0)}, **changes}
+
+
+def test_a_repeated_row_may_differ_by_rounding_alone() -> None:
+    assert compare(POINT, again(top1=80.2, kl=0.1004, agreement=0.903), "row") == []
+    found = compare(
+        POINT, again(top1=79, kl=0.11, macs_ratio=0.61, plan={"patches_per_block": [4, 3]}), "row"
+    )
+    assert [line.split(": ")[1].split()[0] for line in found] == ["patches", "MACs", "top1", "kl"]
+
+
+def test_a_missing_input_is_named_with_the_option_that_gives_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"w\.safetensors is in none of .*--inputs"):
+        run(["eval", "--checkpoint", "w.safetensors"], [], [tmp_path])
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no table or record is called nonsense; there are methods"):
+        main(["nonsense"])
+
+
+def test_a_record_is_written_by_the_command_line(tmp_path: Path, tiny_tar: Path) -> None:
+    (tmp_path / "tiny.tar").write_bytes(tiny_tar.read_bytes())
+    model = timm.create_model("test_vit", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "tiny.safetensors")
+    asked = "--model test_vit --num-classes 3 --checkpoint tiny.safetensors --data tiny.tar"
+    command = f"eval {asked} --method tome --macs 0.8 --batch-size 4"
+    record = json.loads(run(command.split(), [], [tmp_path]))
+    assert record["made_by"]["command"] == f"cpvit {command}"
+    assert record["plan"]["method"] == "tome"
+
+
+def test_markers_are_filled_and_kept() -> None:
+    page = "a\n<!-- evidence: one -->\nold\n<!-- /evidence -->\nb\n"
+    filled = pages.written(page, {"one": "| 1 |"})
+    assert filled == "a\n<!-- evidence: one -->\n| 1 |\n<!-- /evidence -->\nb\n"
+    assert pages.written(filled, {"one": "| 1 |"}) == filled
+    with pytest.raises(KeyError):
+        pages.written(page, {})
+
+
+def test_a_typed_table_with_a_number_is_seen() -> None:
+    page = "| a | b |\n|---|---|\n| x | 1 |\n\n| c |\n|---|\n| `v1` [two](2.md) |\n"
+    assert pages.typed_tables(page) == ["| a | b |"]
+
+
+def test_intervals_and_pairs() -> None:
+    low, high = interval("1" * 95 + "0" * 5)
+    assert (low, high) == pytest.approx((88.82, 97.85), abs=0.01)  # Wilson, by hand
+    assert not differ("1110", "0111")
+    assert differ("1" * 20 + "0" * 5, "0" * 20 + "0" * 5)
+    assert lost_error("1100", "1010") == pytest.approx(100 * (0.5 / 4) ** 0.5)
+    with pytest.raises(ValueError, match="cannot be compared in pairs"):
+        differ("11", "1")
