@@ -68,6 +68,18 @@ def test_each_augmentation_acts(source: ImageSource, augmentation: Augmentation)
     assert any(not torch.equal(a.images, b.images) for a, b in zip(plain, changed, strict=True))
 
 
+def test_the_strongest_augmentation_runs_with_every_pillow() -> None:
+    """Posterize keeps 0 bits then, which Pillow 13 refuses."""
+    strongest = Augmentation(random_resized_crop=False, rand_augment="rand-m10-n15-p1.0-inc1").transform(
+        SMALL
+    )
+    image = Image.new("RGB", (30, 30), (51, 102, 204))
+    for seed in range(20):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert strongest(image).shape == (3, *SMALL.image_size)
+
+
 def test_images_are_normalised(tmp_path: Path) -> None:
     (tmp_path / "grey").mkdir()
     Image.new("RGB", (30, 30), (51, 102, 204)).save(tmp_path / "grey" / "1.png")

@@ -23,7 +23,8 @@ from scipy.stats import binomtest
 
 from cpvit.commands.cli import main
 from cpvit.report import MAX_BYTES, ReportError, load_record, read_record, write_report
-from cpvit.report.accuracy import Point, panels, wilson, with_front
+from cpvit.report.accuracy import Point, curves, panels, wilson, with_front
+from cpvit.report.charts import plan_chart
 from cpvit.report.images import galleries, lost
 from cpvit.report.records import Record
 from cpvit.report.training import MOST_STEPS, thinned
@@ -115,6 +116,16 @@ def test_what_was_lost_is_listed_by_image_with_all_answers() -> None:
     ]
     assert case.others[0].answer == "class 2 (75.0%)"
     assert found.counts[0] == ("cpvit-merge at 60.0%", 10, 100)
+
+
+def test_plans_of_the_same_name_are_lines_of_their_own() -> None:
+    other = plan() | {"model": "other", "patches_per_block": [4, 4, 1]}
+    found = curves([record(plan()), record(plan()), record(other)])
+    assert [curve.tokens for curve in found] == [(5, 5, 4, 3), (5, 5, 5, 2)]
+    rows = plan_chart(found)["data"]["values"]
+    assert [(row["line"], row["block"]) for row in rows] == [
+        (line, block) for line in (0, 1) for block in range(4)
+    ]
 
 
 class Tags(html.parser.HTMLParser):

@@ -96,6 +96,7 @@ class Augmentation:
                 f"timm does not understand rand_augment {self.rand_augment!r}: {error}; "
                 "expected something like 'rand-m9-mstd0.5-inc1'"
             ) from error
+        _allow_zero_bits(color)
         _, *flip = crop_and_flip.transforms
         if self.random_resized_crop:
             return cast("Transform", Compose([crop_and_flip, color, finish]))
@@ -174,6 +175,22 @@ class Mixer:
         if self.label_smoothing > 0:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         return images, None
+
+
+def _allow_zero_bits(color: Any) -> None:
+    """timm's strongest posterize keeps 0 bits, which Pillow 13 refuses and those before it made black."""
+    for step in color.transforms:
+        for op in getattr(step, "ops", ()):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Any, bits: int, **_: object) -> Any:
+    from PIL import Image, ImageOps
+
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _check_probability(name: str, value: float) -> None:

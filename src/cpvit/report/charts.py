@@ -125,6 +125,7 @@ def plan_chart(curves: Sequence[PlanCurve], *, heads: bool = False) -> Spec:
     """Tokens that leave each block, or heads that work in it; a line for every plan, the hovered one in front."""
     rows = [
         {
+            "line": number,
             "block": block,
             "count": count,
             "method": curve.method,
@@ -132,7 +133,7 @@ def plan_chart(curves: Sequence[PlanCurve], *, heads: bool = False) -> Spec:
             "schedule": curve.schedule,
             "MACs %": round(100 * curve.macs, 2),
         }
-        for curve in curves
+        for number, curve in enumerate(curves)
         for block, count in (enumerate(curve.heads, start=1) if heads else enumerate(curve.tokens, start=0))
     ]
     methods = _methods(rows)
@@ -146,7 +147,7 @@ def plan_chart(curves: Sequence[PlanCurve], *, heads: bool = False) -> Spec:
         },
         "y": {"field": "count", "type": "quantitative", "title": title, "axis": {"tickMinStep": 1}},
         "color": _method(methods),
-        "detail": {"field": "plan"},
+        "detail": {"field": "line"},
     }
     near = {"condition": {"param": "near", "empty": False, "value": 3.5}, "value": 1.6}
     tooltip = [{"field": name} for name in ("plan", "schedule", "block")] + [
@@ -154,7 +155,7 @@ def plan_chart(curves: Sequence[PlanCurve], *, heads: bool = False) -> Spec:
     ]
     select = {
         "type": "point",
-        "fields": ["plan"],
+        "fields": ["line"],
         "on": "pointerover",
         "clear": "pointerout",
         "nearest": True,

@@ -57,7 +57,12 @@ def training_chart(runs: Sequence[Run], what: str) -> Spec:
     ]
     encoding = {
         "x": {"field": "step", "type": "quantitative"},
-        "y": {"field": titles[what], "type": "quantitative", "scale": {"zero": False}},
+        "y": {
+            "field": titles[what],
+            "type": "quantitative",
+            "scale": {"zero": False},
+            "axis": {"format": ".3~g"},
+        },
         "color": {"field": "run", "type": "nominal", "legend": LEGEND},
         "tooltip": [{"field": "run"}, {"field": "step"}, {"field": titles[what], "format": ".4g"}],
     }
