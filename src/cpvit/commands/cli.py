@@ -17,7 +17,19 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
-    from cpvit.commands import benchmark, demo, eval, export, finetune, models, plan, support, sweep, verify
+    from cpvit.commands import (
+        app,
+        benchmark,
+        demo,
+        eval,
+        export,
+        finetune,
+        models,
+        plan,
+        support,
+        sweep,
+        verify,
+    )
 
     return {
         "eval": eval.run,
@@ -30,6 +42,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "models": models.run,
         "support": support.run,
         "demo": demo.run,
+        "app": app.run,
     }
 
 

@@ -150,6 +150,18 @@ def data_shape(model: nn.Module) -> tuple[int, tuple[int, ...]]:
     return host.num_classes, host.image_shape[-2:]
 
 
+def class_names(network: nn.Module) -> tuple[str, ...] | None:
+    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
+    names = getattr(getattr(network, "config", None), "id2label", None)
+    if names:
+        return tuple(str(names[number]) for number in sorted(names))
+    if data_shape(network)[0] != 1000:
+        return None
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_descriptions())
+
+
 def open_source(options: DataOptions) -> ImageSource:
     """List the images ``--data`` names, less those to leave out."""
     source = find_samples(

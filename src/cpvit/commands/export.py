@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpvit.commands.common import (
     build_model,
     build_preprocessing,
-    data_shape,
+    class_names,
     heads_need_images,
     planned,
     progress,
@@ -109,15 +109,3 @@ def _samples(options: ExportImages, preprocessing: Preprocessing) -> Tensor | No
     source = find_samples(options.calibration).limited(options.calibration_limit, options.seed)
     batches = make_loader(source, preprocessing, labels=None, batch_size=32)
     return torch.cat([batch.images for batch in progress(batches, "images", len(batches))])
-
-
-def class_names(network: nn.Module) -> tuple[str, ...] | None:
-    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
-    names = getattr(getattr(network, "config", None), "id2label", None)
-    if names:
-        return tuple(str(names[number]) for number in sorted(names))
-    if data_shape(network)[0] != 1000:
-        return None
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo().label_descriptions())

@@ -129,7 +129,9 @@ def sweep(
 
     for method in options.methods:
         for budget in options.macs:
-            add_point(method, budget, search[method](budget) if method in search else configured(method, budget))
+            add_point(
+                method, budget, search[method](budget) if method in search else configured(method, budget)
+            )
     for plan in options.plans:
         add_point(f"plan ({plan.method})", plan.macs_ratio, plan)
     return SweepResult(
