@@ -13,7 +13,7 @@ from torch import Tensor
 from cpvit.adapters import Host
 from cpvit.core import TokenState
 from cpvit.pruning.cascade import BlockHook, BlockOutput, registered_hook
-from cpvit.pruning.opening import open_pruned
+from cpvit.pruning.install import installed
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,9 @@ def watch(host: Host, image: Tensor) -> tuple[BlockView, ...]:
     Raises:
         ValueError: The model is not pruned.
     """
-    _, container = open_pruned(host.model)
+    container = installed(host)
+    if container is None:
+        raise ValueError(f"{host.name} is not pruned, so there is no cascade to watch; prune it first")
     views: list[BlockView] = []
     states: list[TokenState] = []
 
