@@ -3,7 +3,7 @@
     python studies/search_seeds.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenet-val-650.tar
 
 Each draw searches on 128 images, as ``cpvit plan`` does, and is compared with the curve that needs none on the images
-it did not draw. A schedule is run once over all images, however many draws ask for it.
+it did not draw. A schedule is run once for an image, however many draws ask for it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     loader = make_loader(
         find_samples(arguments.data), Preprocessing.from_model(model), labels=None, batch_size=65
     )
-    runs = Runs(model, [batch.images for batch in loader], arguments.method)
+    runs = Runs(model, torch.cat([batch.images for batch in loader]), arguments.method)
     for macs in arguments.macs:
         found = [draw(runs, macs, arguments, seed) for seed in range(arguments.draws)]
         searched, curve, agreed, moved = zip(*found, strict=True)
@@ -63,27 +63,31 @@ def main() -> None:
 
 
 class Runs:
-    """Predictions of a model under schedules, on all images, each computed once."""
+    """Predictions of a model under schedules, computed once for an image and only for the images asked for."""
 
-    def __init__(self, model: torch.nn.Module, batches: list[Tensor], method: str) -> None:
+    def __init__(self, model: torch.nn.Module, images: Tensor, method: str) -> None:
         self.host = open_host(model)
-        self.batches = batches
+        self.images = images
         self.method = method_named(method)
-        self.known: dict[Counts, Tensor] = {}
-        self.dense = self._run(keep_everything(self.host))
+        self.known: dict[Counts, dict[int, Tensor]] = {}
+        everything = torch.arange(len(images))
+        self.dense = self._run(keep_everything(self.host), everything)
 
-    def under(self, counts: Counts) -> Tensor:
-        """Log-probabilities [B K]."""
-        if counts not in self.known:
+    def under(self, counts: Counts, images: Tensor) -> Predictions:
+        """Log-probabilities [B K] of the images [B], by their number."""
+        known = self.known.setdefault(counts, {})
+        missing = torch.tensor([image for image in images.tolist() if image not in known], dtype=torch.int64)
+        if len(missing):
             steps = make_steps(self.method, counts, self.host.num_patches)
-            self.known[counts] = self._run(Cascade(self.host, self.method, steps))
-        return self.known[counts]
+            rows = self._run(Cascade(self.host, self.method, steps), missing)
+            known.update(zip(missing.tolist(), rows, strict=True))
+        return Predictions(torch.stack([known[image] for image in images.tolist()]), None)
 
     @torch.inference_mode()
-    def _run(self, cascade: Cascade) -> Tensor:
+    def _run(self, cascade: Cascade, images: Tensor) -> Tensor:
         install(self.host, cascade)
         try:
-            logits = [self.host.output(self.host.model(images)) for images in self.batches]
+            logits = [self.host.output(self.host.model(self.images[part])) for part in images.split(64)]
         finally:
             uninstall(self.host)
         return torch.cat(logits).log_softmax(dim=-1)
@@ -101,7 +105,7 @@ def draw(
     )
 
     def distances(counts: Counts) -> list[float]:
-        found: list[float] = logit_distances(part(runs.dense, fit), part(runs.under(counts), fit)).tolist()
+        found: list[float] = logit_distances(part(runs.dense, fit), runs.under(counts, fit)).tolist()
         return found
 
     found = search(
@@ -113,7 +117,7 @@ def draw(
         seed=seed,
     )
     dense = part(runs.dense, rest)
-    searched, start = part(runs.under(found.patches), rest), part(runs.under(found.start), rest)
+    searched, start = runs.under(found.patches, rest), runs.under(found.start, rest)
     moved = found.patches != found.start
     return kl_divergence(dense, searched), kl_divergence(dense, start), agreement(dense, searched), moved
 

@@ -158,7 +158,7 @@ def _mix(attn: Any, tokens: torch.Tensor, attention: torch.Tensor, heads: list[i
 class MergeOutput:
     logits: torch.Tensor  # [B, classes]
     tokens: list[torch.Tensor]  # per block [B, prefix + keep[l], dim], after its MLP
-    sizes: list[torch.Tensor]  # per block [B, keep[l]], patches in each token
+    sizes: list[torch.Tensor]  # per block [B, keep[l]], of each token
     carriers: list[torch.Tensor]  # per block [B, patches], index of the token that each patch is in
     positions: list[torch.Tensor]  # per block [B, keep[l]], patch index of each token
 
@@ -168,10 +168,7 @@ class MergeToken:
     value: torch.Tensor  # [dim]
     position: int
     patches: list[int]  # every patch in it, its own position among them
-
-    @property
-    def size(self) -> int:
-        return len(self.patches)
+    size: float = 1.0
 
 
 MERGE_FLOOR = 0.1
@@ -218,7 +215,7 @@ def _merge_one_image(
         x = x + block.ls1(_mix(block.attn, attended, attention, list(range(block.attn.num_heads))))
         prefix = [x[place] for place in range(count)]
         patches = [
-            MergeToken(x[count + number], token.position, token.patches)
+            MergeToken(x[count + number], token.position, token.patches, token.size)
             for number, token in enumerate(patches)
         ]
         if left < len(patches):
@@ -228,7 +225,7 @@ def _merge_one_image(
         x = x + block.ls2(block.mlp(block.norm2(x)))
         prefix = [x[place] for place in range(count)]
         patches = [
-            MergeToken(x[count + number], token.position, token.patches)
+            MergeToken(x[count + number], token.position, token.patches, token.size)
             for number, token in enumerate(patches)
         ]
         record["tokens"].append(x)
@@ -251,7 +248,7 @@ def _holder(tokens: list[MergeToken], patch: int) -> int:
     return holder
 
 
-def _proportional_attention(attn: Any, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def _proportional_attention(attn: Any, tokens: torch.Tensor, sizes: list[float]) -> torch.Tensor:
     """[heads, tokens, tokens]: a token of size s attracts as much attention as s copies of it."""
     q, k, _ = _split(attn, tokens)
     heads = []
@@ -289,7 +286,13 @@ def _merge_to(tokens: list[MergeToken], importance: list[float], left: int, pref
     sources = [place for place in places if (prefix + place) % 2 == 0]
     destinations = [place for place in places if (prefix + place) % 2 == 1]
     partner = {source: _most_similar(tokens, source, destinations) for source in sources}
-    cost = {source: _cost(tokens, importance, source, partner[source]) for source in sources}
+    alone = {source: _cost(tokens, importance, source, [partner[source]]) for source in sources}
+    cost = {}
+    for source in sources:
+        cheaper = [
+            other for other in sources if partner[other] == partner[source] and alone[other] < alone[source]
+        ]
+        cost[source] = _cost(tokens, importance, source, [partner[source], *cheaper])
     merged = sorted(sources, key=lambda source: cost[source])[:removed]
     partner = {source: partner[source] for source in merged}
     unmerged = [source for source in sources if source not in merged]
@@ -304,11 +307,13 @@ def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
 
 
-def _cost(tokens: list[MergeToken], importance: list[float], i: int, j: int) -> float:
-    size_i, size_j = tokens[i].size, tokens[j].size
+def _cost(tokens: list[MergeToken], importance: list[float], i: int, group: list[int]) -> float:
+    """Of merging token i into the first token of a group that the others have been merged into."""
+    size_i, size_j = tokens[i].size, sum(tokens[j].size for j in group)
+    importance_j = sum(importance[j] for j in group)
     ward = size_i * size_j / (size_i + size_j)
-    distance = 1 - _cosine(tokens[i].value, tokens[j].value)
-    return ward * distance * (importance[i] / size_i + importance[j] / size_j + MERGE_FLOOR)
+    distance = 1 - _cosine(tokens[i].value, tokens[group[0]].value)
+    return ward * distance * (importance[i] / size_i + importance_j / size_j + MERGE_FLOOR)
 
 
 def _united(tokens: list[MergeToken], destination: int, partner: dict[int, int]) -> MergeToken:
@@ -319,9 +324,10 @@ def _united(tokens: list[MergeToken], destination: int, partner: dict[int, int])
     if len(group) == 1:
         return group[0]
     patches = [patch for token in group for patch in token.patches]
-    mean = sum(token.size * token.value for token in group) / len(patches)
-    longest = max(float(token.value.norm()) for token in group)
-    return MergeToken(mean * (longest / float(mean.norm())), tokens[destination].position, patches)
+    size = sum(token.size for token in group)
+    mean = sum(token.size * token.value for token in group) / size
+    stretch = max(float(token.value.norm()) for token in group) / float(mean.norm())
+    return MergeToken(mean * stretch, tokens[destination].position, patches, size / math.sqrt(stretch))
 
 
 @dataclass

@@ -25,7 +25,7 @@ BUILT_ON = {
     "hf_tower": {"hf_parts"},
 }
 """The adapters that extend the block of another, and the parts of the one for transformers."""
-SHARED_COMMANDS = {"__init__", "common", "options", "tables"}
+SHARED_COMMANDS = {"__init__", "common", "options", "records", "tables", "terminal"}
 FLOORS = (
     "attention",
     "core",
@@ -39,6 +39,7 @@ FLOORS = (
     "data",
     "measure",
     "pictures",
+    "report",
     "export",
     "tuning",
     "finetune",
@@ -181,7 +182,17 @@ def test_no_public_function_takes_more_than_eight_arguments() -> None:
 
 
 def test_importing_the_library_loads_nothing_heavy() -> None:
-    heavy = ["transformers", "matplotlib", "sklearn", "tyro", "rich", "scipy", "gradio"]
+    heavy = [
+        "transformers",
+        "vl_convert",
+        "jinja2",
+        "matplotlib",
+        "sklearn",
+        "tyro",
+        "rich",
+        "scipy",
+        "gradio",
+    ]
     code = f"import cpvit, sys; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -39,7 +39,7 @@ MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "seed": ("commands.original",),
         "speedup": ("tuning.speedup",),
         "support": ("measure.support", "measure.support_cases"),
-        "sweep": ("measure.sweep",),
+        "sweep": ("measure.sweep", "pictures.sweeps"),
         "timing": ("machine.timer", "machine.timing_cache", "machine.block_profiler", "machine.time_model"),
         "tune": ("tuning.tune", "tuning.target"),
         "verify": ("pruning.verify",),

@@ -54,7 +54,9 @@ def test_answers_are_those_of_the_library(looking: Looking, image: torch.Tensor,
     for side, expected in ((look.dense, dense), (look.pruned, pruned)):
         best = expected.topk(5)
         assert [answer.label for answer in side.answers] == [str(index) for index in best.indices.tolist()]
-        assert [answer.probability for answer in side.answers] == pytest.approx(best.values.tolist(), abs=1e-6)
+        assert [answer.probability for answer in side.answers] == pytest.approx(
+            best.values.tolist(), abs=1e-6
+        )
     assert look.pruned.plan == plan
     assert look.dense.macs == dense_macs
     assert look.pruned.macs == pytest.approx(count_macs(model), rel=1e-5)
@@ -105,9 +107,11 @@ def test_the_dense_model_runs_once_for_an_image(looking: Looking, image: torch.T
 
 
 def test_a_budget_out_of_reach_is_an_error_with_the_reach(looking: Looking, image: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"macs=0\.01 cannot be met by pruning patches: this model can spend"):
+    with pytest.raises(
+        ValueError, match=r"macs=0\.01 cannot be met by pruning patches: this model can spend"
+    ):
         looking.look(image, [Choice("cpvit", 0.01)])
-    with pytest.raises(ValueError, match="expected one of cpvit-merge, .*, got 'plan'"):
+    with pytest.raises(ValueError, match=r"expected one of cpvit-merge, .*, got 'plan'"):
         looking.look(image, [Choice(PLAN)])
 
 

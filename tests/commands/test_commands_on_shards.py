@@ -69,6 +69,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+NOT_COMPARED = ("seconds", "images_per_s", "environment", "data", "made_by", "image")
+
+
 def record_of(verb: str, data: str, weights: Path, folder: Path, more: Sequence[str]) -> Any:
     """What a subcommand writes, without what the clock says and the names of the data."""
     record = folder / "record.json"
@@ -83,7 +86,7 @@ def record_of(verb: str, data: str, weights: Path, folder: Path, more: Sequence[
         str(weights),
     ]
     assert main([verb, *common, "--data", data, *more, "--json", str(record)]) == 0
-    return without(json.loads(record.read_text()), ("seconds", "images_per_s", "environment", "data"))
+    return without(json.loads(record.read_text()), NOT_COMPARED)
 
 
 def without(record: Any, names: tuple[str, ...]) -> Any:

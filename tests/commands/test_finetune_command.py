@@ -84,6 +84,7 @@ def test_from_foreign_weights_to_a_pruned_model_that_eval_reads(
     captured = capsys.readouterr()
     assert "method cpvit-merge, macs=0.7" in captured.out
     found = json.loads(record.read_text())
+    assert found.pop("made_by")["record"] == "FinetuneResult"
     assert found == json.loads((tmp_path / "pruned/record.json").read_text())
     assert found["facts"]["num_classes"] == 3
     assert found["facts"]["train_images"].startswith("12 (sha256")

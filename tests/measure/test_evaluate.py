@@ -6,6 +6,7 @@ import dataclasses
 import math
 import tarfile
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from cpvit.machine.device import choose_device, choose_dtype
 from cpvit.machine.environment import describe_environment
 from cpvit.measure.evaluate import evaluate, predict
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence, logit_distance
+from cpvit.measure.outcomes import outcomes, right
 from cpvit.plans.macs import count_macs
 
 HALF = (0.5, 0.5, 0.5)
@@ -202,3 +204,28 @@ def test_logit_distance_ignores_a_constant_and_tells_scale_from_direction() -> N
 def test_logit_distance_of_two_equal_rows_is_finite() -> None:
     flat = Predictions(torch.zeros(1, 4).log_softmax(dim=1))
     assert logit_distance(flat, flat) == 0
+
+
+def test_outcomes_say_of_each_image_what_happened() -> None:
+    dense = Predictions(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]).log(), torch.tensor([0, 1, 1]))
+    pruned = Predictions(torch.tensor([[0.8, 0.2], [0.7, 0.3], [0.3, 0.7]]).log(), torch.tensor([0, 1, 1]))
+    found = outcomes(dense, pruned)
+    assert (right(dense), found.right, found.agrees) == ("110", "101", "100")
+    divergences = [
+        sum(p * math.log(p / q) for p, q in zip(a, b, strict=True))
+        for a, b in (((0.9, 0.1), (0.8, 0.2)), ((0.2, 0.8), (0.7, 0.3)), ((0.6, 0.4), (0.3, 0.7)))
+    ]
+    assert found.kl_error == pytest.approx(stdev(divergences) / 3**0.5, rel=1e-5)
+
+
+def test_outcomes_add_up_to_the_figures(small: Any, tiny_tar: Path) -> None:
+    result = evaluate(small, batches(tiny_tar), PruneConfig(method="cpvit-merge", macs=0.6))
+    assert len(result.outcomes.right) == len(result.dense_right) == result.images
+    assert result.outcomes.right.count("1") / result.images == pytest.approx(result.pruned.top1 / 100)
+    assert result.outcomes.agrees.count("1") / result.images == pytest.approx(result.agreement)
+
+
+def test_outcomes_need_labels() -> None:
+    predictions = Predictions(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="these images have none"):
+        right(predictions)

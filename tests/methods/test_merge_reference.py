@@ -56,7 +56,7 @@ def compare(model: Any, variant: str, images: Tensor, keep: tuple[int, ...], lea
             x, expected.tokens[block], **EXACT, msg=lambda m, b=block: f"block {b}: {m}"
         )
         size = torch.ones_like(expected.sizes[block]) if state.size is None else state.size
-        assert torch.equal(size, expected.sizes[block])
+        torch.testing.assert_close(size, expected.sizes[block], **EXACT)
         assert torch.equal(state.positions, expected.positions[block])
         assert torch.equal(trace.survivors[block], expected.positions[block])
         assert torch.equal(trace.carriers[block], expected.carriers[block])

@@ -212,13 +212,18 @@ def test_cpvit_merge_takes_the_cheapest_merges(removed: int) -> None:
     def similarity(i: int, j: int) -> float:
         return float(F.cosine_similarity(patches[i], patches[j], dim=0))
 
-    def cost(i: int, j: int) -> float:
-        ward = size[i] * size[j] / (size[i] + size[j])
-        return float(ward * (1 - similarity(i, j)) * (score[i] / size[i] + score[j] / size[j] + FLOOR))
+    def cost(i: int, group: list[int]) -> float:
+        size_j, score_j = size[group].sum(), score[group].sum()
+        ward = size[i] * size_j / (size[i] + size_j)
+        importance = score[i] / size[i] + score_j / size_j + FLOOR
+        return float(ward * (1 - similarity(i, group[0])) * importance)
 
     first, second = range(1, 17, 2), range(0, 17, 2)
     partner = {i: max(second, key=lambda j, i=i: similarity(i, j)) for i in first}
-    chosen = sorted(first, key=lambda i: cost(i, partner[i]))[:removed]
+    alone = {i: cost(i, [partner[i]]) for i in first}
+    cheaper = {i: [k for k in first if partner[k] == partner[i] and alone[k] < alone[i]] for i in first}
+    assert any(cheaper.values())
+    chosen = sorted(first, key=lambda i: cost(i, [partner[i], *cheaper[i]]))[:removed]
     order = [i for i in first if i not in chosen] + list(second)
     expected = stretched(x, state.size, grouped(order, {i: partner[i] for i in chosen}))
     got, _ = METHODS["cpvit-merge"].reduce(x, state, inputs, BlockStep(17 - removed, True), 1)
@@ -254,6 +259,18 @@ def test_merged_tokens_are_as_long_as_the_longest_in_them_also_for_autograd() ->
 
     torch.testing.assert_close(merged(x), stretched(x, state.size, [[2], [5, 3, 0], [4, 1]])[None])
     assert torch.autograd.gradcheck(merged, x.clone().requires_grad_())
+
+
+def test_a_merged_token_counts_for_less_the_less_its_tokens_agree() -> None:
+    state = TokenState(
+        torch.arange(4)[None], size=torch.tensor([[1.0, 1.0, 1.0, 3.0]]), score=torch.ones(1, 4)
+    )
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    sources, destinations, kept = torch.tensor([[0, 2]]), torch.tensor([[0, 1]]), torch.tensor([[1, 3]])
+    x = torch.stack([east, north, 5 * east, 2 * east])[None]
+    _, after = merge(x, state, sources, destinations, kept, 0, keep_length=True)
+    right_angle, same_direction = 2 * 0.5**0.25, 4 * (2.75 / 5) ** 0.5
+    torch.testing.assert_close(after.size, torch.tensor([[right_angle, same_direction]]))
 
 
 @pytest.mark.parametrize(("prefix", "first"), [(0, 0), (1, 1), (2, 0), (5, 1)])

@@ -1,10 +1,10 @@
-"""Accuracy against cost: from the record of a sweep, or made on the demo's digits."""
+"""Accuracy against cost: from the record of a sweep, or made on the demo's digits. The report's chart shows it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,73 +13,46 @@ from cpvit.app.examples import digits_source
 from cpvit.app.turns import Turns
 from cpvit.data import Preprocessing, make_loader
 from cpvit.measure.sweep import SweepOptions, sweep
+from cpvit.pictures.curve import COLOURS
+from cpvit.report import load_record, read_record
+from cpvit.report.accuracy import Panel, panels
+from cpvit.report.charts import accuracy_chart
 
 T = TypeVar("T")
 
-METHODS_SHOWN = ("cpvit-merge", "tome", "pitome", "cpvit")
-BUDGETS = (0.8, 0.6, 0.4)
+DIGITS_SWEEP = SweepOptions(methods=("cpvit-merge", "tome", "pitome", "cpvit"), macs=(0.8, 0.6, 0.4))
 DIGITS = 160
 BATCH = 16
+GREY = "#808080"
+"""Of axes and letters: seen on white and on black."""
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """A method at a budget."""
-
-    method: str
-    macs_ratio: float
-    top1: float
-    top1_lost: float
-    """Points below the dense model."""
-    agreement: float
-    kl: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a sweep found."""
-
-    model: str
-    images: int
-    dense_top1: float
-    points: tuple[CurvePoint, ...]
-
-    def standard_error(self, point: CurvePoint) -> float:
-        """Of a top-1, in points: what the choice of this many images alone explains."""
-        share = point.top1 / 100
-        return 100.0 * (share * (1 - share) / self.images) ** 0.5
-
-
-def read_curve(path: Path) -> Curve:
+def read_panel(path: Path) -> Panel:
     """The record that ``cpvit sweep --json`` wrote.
 
     Raises:
         ValueError: The file cannot be read, or is something else; the message names it.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the sweep {path}: {error}") from None
-    try:
-        return _curve(values)
-    except (KeyError, TypeError):
+    record = load_record(path)
+    if record.kind != "sweep":
         raise ValueError(
-            f"{path} is not the record of a sweep: expected what cpvit sweep --json FILE writes, with points and "
-            "dense_top1"
-        ) from None
+            f"{path} is the record of another command ({record.kind}); give what cpvit sweep --json FILE writes"
+        )
+    found = panels([record])
+    if not found:
+        raise ValueError(f"{path} has no points; give the record of a sweep over methods and budgets")
+    return found[0]
 
 
-def _curve(values: Any) -> Curve:
-    names = CurvePoint.__dataclass_fields__
-    points = tuple(CurvePoint(**{name: point[name] for name in names}) for point in values["points"])
-    if not points:
-        raise KeyError("points")
-    return Curve(values["model"], values["images"], values["dense_top1"], points)
-
-
-def digits_curve(
-    dense: Host, preprocessing: Preprocessing, turns: Turns, on_progress: Callable[[float, str], None]
-) -> Curve:
+def digits_panel(
+    dense: Host,
+    preprocessing: Preprocessing,
+    turns: Turns,
+    on_progress: Callable[[float, str], None],
+    *,
+    images: int = DIGITS,
+    options: SweepOptions = DIGITS_SWEEP,
+) -> Panel:
     """Sweep over the demo's digits on a copy of the packaged model; others have their turn between two batches.
 
     Args:
@@ -87,10 +60,12 @@ def digits_curve(
         preprocessing: Of its images.
         turns: Who computes when.
         on_progress: Called with the share done, 0 to 1, and what is done.
+        images: How many.
+        options: Methods and budgets.
     """
     labels = {str(digit): digit for digit in range(10)}
-    batches = make_loader(digits_source(DIGITS), preprocessing, labels=labels, batch_size=BATCH)
-    passes = 1 + len(METHODS_SHOWN) * len(BUDGETS)
+    batches = make_loader(digits_source(images), preprocessing, labels=labels, batch_size=BATCH)
+    passes = 1 + len(options.methods) * len(options.macs)
     done = 0
 
     def progress(items: Iterable[T], title: str, total: int) -> Iterable[T]:
@@ -99,14 +74,23 @@ def digits_curve(
         done += 1
         return turns.shared(items)
 
-    result = sweep(
-        dense.copy_sharing_weights().model,
-        batches,
-        SweepOptions(METHODS_SHOWN, BUDGETS),
-        progress=progress,
-    )
-    points = tuple(
-        CurvePoint(**{name: getattr(point, name) for name in CurvePoint.__dataclass_fields__})
-        for point in result.points
-    )
-    return Curve("the packaged digit model", result.images, result.dense_top1, points)
+    result = sweep(dense.copy_sharing_weights().model, batches, options, progress=progress)
+    named = dataclasses.replace(result, model="the packaged digit model")
+    record = read_record(json.dumps(dataclasses.asdict(named), default=str), "the demo's digits")
+    return panels([record])[0]
+
+
+def chart(panel: Panel) -> dict[str, Any]:
+    """The report's chart as Vega-Lite, with colours that are seen in light and dark."""
+    letters = {"labelColor": GREY, "titleColor": GREY}
+    return accuracy_chart(panel) | {
+        "config": {
+            "background": "transparent",
+            "view": {"stroke": GREY},
+            "axis": letters | {"gridColor": GREY, "gridOpacity": 0.3, "domainColor": GREY, "tickColor": GREY},
+            "legend": letters | {"columns": 2},
+            "mark": {"color": GREY},
+            "text": {"color": GREY},
+            "range": {"category": list(COLOURS)},
+        },
+    }

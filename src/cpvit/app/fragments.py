@@ -9,12 +9,12 @@ from html import escape
 
 from PIL import Image
 
-from cpvit.app.curve import Curve
 from cpvit.app.look import Answer, Look, Side, Times
 from cpvit.app.variants import Choice
 from cpvit.measure.timings import Latency
 from cpvit.pictures import Mode, paint_attention, paint_block
 from cpvit.pictures.patches import MIN_SIDE, to_picture
+from cpvit.report.accuracy import Panel
 
 
 def status(text: str) -> str:
@@ -218,23 +218,20 @@ def _grid(shown: Iterable[str], kind: str = "") -> str:
     return f'<div class="cp-figures {kind}">{"".join(shown)}</div>'
 
 
-def curve_table(curve: Curve) -> str:
+def curve_table(panel: Panel) -> str:
     """The points of a curve as a table."""
     rows = [
         [
-            point.method,
-            f"{100 * point.macs_ratio:.1f}",
-            f"{point.top1:.2f} ± {curve.standard_error(point):.2f}",
-            f"{point.top1_lost:.2f}",
-            f"{point.agreement:.4f}",
-            f"{point.kl:.4f}",
+            point.title,
+            f"{point.top1:.2f} ({point.low:.2f} to {point.high:.2f})",
+            "-" if point.agreement is None else f"{point.agreement:.4f}",
+            "-" if point.kl is None else f"{point.kl:.2g}",
+            "yes" if point.on_front else "",
         ]
-        for point in curve.points
+        for point in panel.points
     ]
-    caption = (
-        f"{curve.model}, {curve.images} images, dense top-1 {curve.dense_top1:.2f}%; ± one standard error"
-    )
-    return table(caption, ["method", "MACs %", "top-1 %", "lost", "agreement", "KL (nats)"], rows)
+    caption = f"{panel.model}, {panel.images} images: top-1 with the 95% interval that so many images allow"
+    return table(caption, ["", "top-1 %", "agreement", "KL (nats)", "Pareto front"], rows)
 
 
 def heading(name: str, digits: bool) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cpvit.app import fragments
-from cpvit.app.curve import Curve, digits_curve
+from cpvit.app.curve import digits_panel
 from cpvit.app.examples import Example, examples
 from cpvit.app.look import Look, Looking
 from cpvit.app.subject import Subject
@@ -20,6 +20,7 @@ from cpvit.app.turns import Turns
 from cpvit.app.uploads import UploadError, Uploads
 from cpvit.app.variants import Variants
 from cpvit.pictures import Mode
+from cpvit.report.accuracy import Panel
 
 MEASURING = fragments.status("Measuring ...")
 
@@ -64,7 +65,7 @@ NOTHING = Answered(None, "", "", "", "")
 class Handlers:
     """Of one page, for all people that look at it."""
 
-    def __init__(self, subject: Subject, curve: Curve | None = None) -> None:
+    def __init__(self, subject: Subject, curve: Panel | None = None) -> None:
         self.subject = subject
         self.turns = Turns()
         self.looking = Looking(Variants(subject), self.turns)
@@ -158,10 +159,10 @@ class Handlers:
         """One block of several looks."""
         return fragments.compared(looks, max(1, round(block)), mode)
 
-    def digits_curve(self, on_progress: Callable[[float, str], None]) -> Curve:
+    def digits_curve(self, on_progress: Callable[[float, str], None]) -> Panel:
         """The curve of the packaged model; computed once for everybody."""
         if self.curve is None:
             assert self.subject.digits, "asked for with the packaged model only"
             assert self.subject.dense is not None, "the packaged model is one"
-            self.curve = digits_curve(self.subject.dense, self.subject.preprocessing, self.turns, on_progress)
+            self.curve = digits_panel(self.subject.dense, self.subject.preprocessing, self.turns, on_progress)
         return self.curve

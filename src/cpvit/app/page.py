@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gradio as gr
-import pandas as pd
+from gradio.components.plot import PlotData
 from torch import Tensor
 
 from cpvit.app import fragments
-from cpvit.app.curve import Curve
+from cpvit.app.curve import chart
 from cpvit.app.handlers import Handlers, Loaded
 from cpvit.app.look import Look
 from cpvit.methods import METHODS
+from cpvit.report.accuracy import Panel
 
 FIRST_BUDGET = 60
 COMPARED = ("cpvit-merge", "tome", "pitome", "cpvit")
 QUIET: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
 """Nothing of the page is an API; several people are served at once, and turns are taken where they must be."""
+IN_ORDER: dict[str, Any] = {
+    "api_visibility": "private",
+    "concurrency_limit": 1,
+    "concurrency_id": "answers",
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
+"""Answers come in the order of the questions. An event for each control: of one event for all, Gradio forgets what
+changes while it is under way."""
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442")
-"""Okabe and Ito's: told apart by people who do not see red or green."""
 
 
 def theme() -> gr.themes.Base:
@@ -160,14 +169,13 @@ def _one_method(handlers: Handlers, image: gr.State) -> None:
     def measure(shown: Look | None) -> str:
         return handlers.measure([shown])
 
-    gr.on(
-        [image.change, method.change, budget.change],
-        handlers.answer,
-        [image, look, method, budget, block, mode],
-        [look, answers, figures, downloads, times],
-        trigger_mode="always_last",
-        **QUIET,
-    ).then(measure, look, times, **QUIET)
+    for changed in (image.change, method.change, budget.change):
+        changed(
+            handlers.answer,
+            [image, look, method, budget, block, mode],
+            [look, answers, figures, downloads, times],
+            **IN_ORDER,
+        ).then(measure, look, times, **QUIET)
     gr.on(
         [block.change, mode.change],
         handlers.paint,
@@ -200,14 +208,8 @@ def _compare_methods(handlers: Handlers, image: gr.State, seen: gr.State, tab: g
     tab.select(lambda: "compare", None, seen, **QUIET).then(handlers.compare, inputs, outputs, **QUIET).then(
         handlers.measure, looks, times, **QUIET
     )
-    gr.on(
-        [image.change, methods.change, budget.change],
-        when_seen,
-        [seen, *inputs],
-        outputs,
-        trigger_mode="always_last",
-        **QUIET,
-    ).then(handlers.measure, looks, times, **QUIET)
+    for changed in (image.change, methods.change, budget.change):
+        changed(when_seen, [seen, *inputs], outputs, **IN_ORDER).then(handlers.measure, looks, times, **QUIET)
     gr.on(
         [block.change, mode.change],
         handlers.paint_compared,
@@ -221,51 +223,28 @@ def _compare_methods(handlers: Handlers, image: gr.State, seen: gr.State, tab: g
 def _curve(handlers: Handlers) -> None:
     known = handlers.curve
     if known is None and not handlers.subject.digits:
-        gr.HTML(
-            fragments.status(
-                "No sweep was given: start with cpvit app --sweep RECORD.json, which cpvit sweep --json writes."
-            ),
-            js_on_load=None,
+        text = (
+            "No sweep was given: start with cpvit app --sweep RECORD.json, which cpvit sweep --json writes."
         )
+        _html("curve-table", fragments.status(text))
         return
     button = gr.Button("Compute on the demo's digits (a minute)", visible=known is None, elem_id="cp-compute")
-    plot = gr.LinePlot(
-        None if known is None else frame(known),
-        x="MACs (% of dense)",
-        y="top-1 lost (points)",
-        color="method",
-        color_map=None if known is None else colours(known),
-        tooltip="all",
-        height=360,
-        label="Top-1 lost against MACs",
+    plot = gr.Plot(
+        None if known is None else plotted(known),
+        label="Top-1 against MACs",
         elem_id="cp-curve",
-        buttons=[],
         visible=known is not None,
+        buttons=[],
     )
-    table = gr.HTML(
-        "" if known is None else fragments.curve_table(known), elem_id="cp-curve-table", js_on_load=None
-    )
+    table = _html("curve-table", "" if known is None else fragments.curve_table(known))
 
     def compute(progress: gr.Progress = gr.Progress()) -> tuple[Any, str, Any]:  # noqa: B008
-        curve = handlers.digits_curve(lambda share, title: progress(share, desc=title))
-        shown = gr.LinePlot(frame(curve), color_map=colours(curve), visible=True)
-        return shown, fragments.curve_table(curve), gr.update(visible=False)
+        found = handlers.digits_curve(lambda share, title: progress(share, desc=title))
+        return gr.Plot(plotted(found), visible=True), fragments.curve_table(found), gr.update(visible=False)
 
     button.click(compute, None, [plot, table, button], api_visibility="private")
 
 
-def frame(curve: Curve) -> pd.DataFrame:
-    """The points of a curve for a plot."""
-    return pd.DataFrame(
-        {
-            "method": [point.method for point in curve.points],
-            "MACs (% of dense)": [round(100 * point.macs_ratio, 2) for point in curve.points],
-            "top-1 lost (points)": [round(point.top1_lost, 3) for point in curve.points],
-        }
-    )
-
-
-def colours(curve: Curve) -> dict[str, str]:
-    """A colour for each method."""
-    methods = dict.fromkeys(point.method for point in curve.points)
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(methods)}
+def plotted(panel: Panel) -> PlotData:
+    """What Gradio draws with the Vega it brings."""
+    return PlotData(type="altair", plot=json.dumps(chart(panel)))

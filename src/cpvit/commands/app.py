@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpvit.app.curve import read_curve
+from cpvit.app.curve import read_panel
 from cpvit.app.handlers import Handlers
 from cpvit.app.serve import ServeOptions, free_port, serve
 from cpvit.app.subject import Subject, class_labels, demo_subject
@@ -55,7 +55,7 @@ def run(
     """
     check_gradio()
     free_port(serving)
-    curve = None if files.sweep is None else read_curve(files.sweep)
+    curve = None if files.sweep is None else read_panel(files.sweep)
     handlers = Handlers(_subject(model, preprocessing, files), curve)
 
     def started(address: str) -> None:

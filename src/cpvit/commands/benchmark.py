@@ -16,12 +16,10 @@ from cpvit.commands.common import (
     build_preprocessing,
     open_source,
     planned,
-    progress_bar,
     say,
     set_seed,
     whole_numbers,
     words,
-    write_record,
 )
 from cpvit.commands.options import (
     CalibrationOptions,
@@ -29,8 +27,11 @@ from cpvit.commands.options import (
     EndToEndOptions,
     ModelOptions,
     PreprocessingOptions,
+    RecordOptions,
 )
+from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import benchmark_text, comparison_text, gains_text, runtimes_text
+from cpvit.commands.terminal import share_bar, show
 from cpvit.data import Batches, make_loader
 from cpvit.export.benchmark import compare_runtimes
 from cpvit.machine.device import choose_dtype
@@ -85,28 +86,26 @@ def run(
     preprocessing: PreprocessingOptions,
     images: EndToEndOptions,
     matrix: BenchmarkMatrix,
+    output: RecordOptions,
     pruning: PruneConfig = FOR_SPEED,
     options: BenchmarkOptions = BY_DEFAULT,
-    json: Path | None = None,
 ) -> None:
     """Time a model dense and pruned, in turn, on random images; random weights are fine.
 
     Lists are run through in every combination, all methods of one setting in turn in the same rounds. A run that
     cannot be made is named at the end, after the others, and the exit status is then 1.
-
-    Args:
-        json: Write the record behind what is printed to this file.
     """
+    check_output(output)
     images.check()
     if matrix.runtimes:
-        _in_runtimes(model, matrix, pruning, options, json)
+        _in_runtimes(model, matrix, pruning, options, output)
         return
     todo = _Todo(model, calibration, preprocessing, images, options)
     if not matrix.several:
-        _alone(todo, planned(pruning, matrix.plan, default=FOR_SPEED), json)
+        _alone(todo, planned(pruning, matrix.plan, default=FOR_SPEED), output)
         return
     configs = _configs(pruning, words(matrix.methods), matrix.plan)
-    _several(todo, configs, list(_settings(model, options, matrix)), json)
+    _several(todo, configs, list(_settings(model, options, matrix)), output)
 
 
 @dataclass(frozen=True)
@@ -140,21 +139,20 @@ class _Todo:
         )
 
 
-def _alone(todo: _Todo, config: PruneConfig | Plan | Escalation, json: Path | None) -> None:
+def _alone(todo: _Todo, config: PruneConfig | Plan | Escalation, output: RecordOptions) -> None:
     network, statistics = todo.build(todo.model)
-    with progress_bar() as bar:
-        task = bar.add_task("benchmark", total=100)
+    with share_bar("benchmark") as progress:
         result = benchmark(
             network,
             config,
             todo.timing,
             batches=todo.batches(network, todo.timing.batch_size),
             calibration=statistics,
-            progress=lambda share: bar.update(task, completed=round(100 * share)),
+            progress=progress,
             on_message=say,
         )
-    print(benchmark_text(result))
-    write_record(result, json)
+    show(benchmark_text(result))
+    keep(result, output)
 
 
 def _in_runtimes(
@@ -162,7 +160,7 @@ def _in_runtimes(
     matrix: BenchmarkMatrix,
     pruning: PruneConfig,
     timing: BenchmarkOptions,
-    json: Path | None,
+    output: RecordOptions,
 ) -> None:
     if matrix.image_sizes or matrix.batch_sizes:
         raise ValueError("--runtimes takes one --batch-size and one --image-size")
@@ -172,8 +170,7 @@ def _in_runtimes(
     }
     set_seed(timing.seed)
     network = build_model(dataclasses.replace(model, device="cpu", dtype="float32"), weights_needed=False)
-    with progress_bar() as bar:
-        task = bar.add_task("benchmark", total=100)
+    with share_bar("benchmark") as progress:
         result = compare_runtimes(
             network,
             configs,
@@ -182,10 +179,10 @@ def _in_runtimes(
             batch_size=timing.batch_size,
             seconds=timing.seconds,
             on_message=say,
-            progress=lambda share: bar.update(task, completed=round(100 * share)),
+            progress=progress,
         )
-    print(runtimes_text(result))
-    write_record(result, json)
+    show(runtimes_text(result))
+    keep(result, output)
 
 
 def _for_runtimes(config: PruneConfig | Plan | Escalation) -> PruneConfig | Plan:
@@ -246,7 +243,7 @@ def _several(
     todo: _Todo,
     configs: dict[str, PruneConfig | Plan | Escalation],
     settings: list[_Setting],
-    json: Path | None,
+    output: RecordOptions,
 ) -> None:
     results: list[Comparison] = []
     failed: list[str] = []
@@ -258,23 +255,22 @@ def _several(
             continue
         results.append(result)
         failed += [f"{unfit.name} at {setting}: {unfit.error}" for unfit in result.unfit]
-        print(comparison_text(result), end="\n\n", flush=True)
-    print(gains_text(results))
-    write_record(BenchmarkRuns(tuple(results), tuple(failed)), json)
+        show(comparison_text(result) + "\n")
+    show(gains_text(results))
+    keep(BenchmarkRuns(tuple(results), tuple(failed)), output)
     if failed:
         raise ValueError(f"{len(failed)} of {len(configs) * len(settings)} runs failed: {'; '.join(failed)}")
 
 
 def _one(todo: _Todo, configs: dict[str, PruneConfig | Plan | Escalation], setting: _Setting) -> Comparison:
     network, statistics = todo.build(setting.options)
-    with progress_bar() as bar:
-        task = bar.add_task(str(setting), total=100)
+    with share_bar(str(setting)) as progress:
         return compare(
             network,
             configs,
             dataclasses.replace(todo.timing, batch_size=setting.batch_size),
             batches=todo.batches(network, setting.batch_size),
             calibration=statistics,
-            progress=lambda share: bar.update(task, completed=round(100 * share)),
+            progress=progress,
             on_message=say,
         )

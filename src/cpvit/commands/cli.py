@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import re
 import sys
 from collections.abc import Callable, Sequence
 
 import tyro
+
+from cpvit.commands.terminal import TerminalOptions, command_line, complain, terminal
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 """What the library raises with a message meant for the user. Anything else is a bug and shows its traceback."""
@@ -26,6 +29,7 @@ def commands() -> dict[str, Callable[..., None]]:
         finetune,
         models,
         plan,
+        report,
         support,
         sweep,
         verify,
@@ -37,6 +41,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "plan": plan.run,
         "finetune": finetune.run,
         "sweep": sweep.run,
+        "report": report.run,
         "export": export.run,
         "verify": verify.run,
         "models": models.run,
@@ -66,7 +71,8 @@ def run_cli(
         interrupted.
     """
     try:
-        _parse(functions, arguments, prog)()
+        with command_line((prog, *arguments)):
+            _parse(functions, arguments, prog)()
     except SystemExit as stop:  # --help, or a command line tyro refused
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -75,7 +81,7 @@ def run_cli(
     except BrokenPipeError:
         return 1
     except USER_ERRORS as error:
-        print(f"{prog}: error: {_one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        complain(prog, _one_line(str(error) or type(error).__name__))
         return 1
     return 0
 
@@ -96,19 +102,32 @@ def _parse(
                 call = tyro.extras.subcommand_cli_from_dict(later, args=given, prog=prog, config=config)
     except SystemExit as stop:
         if stop.code == 2:
-            print(f"{prog}: error: {unboxed(complaint.getvalue())}", file=sys.stderr)
+            complain(prog, unboxed(complaint.getvalue()))
         raise
     return call
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The same command line, but parsing it gives a call to make instead of making it."""
+    """The command line of the function, and --quiet and --verbose; parsing it gives a call to make."""
+    signature = inspect.signature(function, eval_str=True)
+    shown = inspect.Parameter(
+        "terminal_options",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=TerminalOptions(),
+        annotation=TerminalOptions,
+    )
 
     @functools.wraps(function)
-    def bind(*args: object, **kwargs: object) -> Callable[[], None]:
-        return functools.partial(function, *args, **kwargs)
+    def bind(*args: object, terminal_options: TerminalOptions, **kwargs: object) -> Callable[[], None]:
+        def call() -> None:
+            with terminal(terminal_options):
+                function(*args, **kwargs)
 
-    bind.__annotations__ = {**function.__annotations__, "return": Callable[[], None]}
+        return call
+
+    parameters = [*signature.parameters.values(), shown]
+    bind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    bind.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": Callable[[], None]}
     return bind
 
 

@@ -1,26 +1,32 @@
-"""What the subcommands share: building models and loaders, progress, writing the record."""
+"""What the subcommands share: building models and loaders, writing the record."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
-from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.commands.options import (
+    CalibrationOptions,
+    DataOptions,
+    ImageRecordOptions,
+    ModelOptions,
+    PreprocessingOptions,
+)
+from cpvit.commands.records import is_first as is_first
+from cpvit.commands.records import write_record as write_record
+from cpvit.commands.terminal import progress as progress
+from cpvit.commands.terminal import progress_bar as progress_bar
+from cpvit.commands.terminal import say as say
 from cpvit.data import Batches, ImageSource, Preprocessing, find_samples, label_map, make_loader
 from cpvit.machine.device import choose_device, choose_dtype
 from cpvit.machine.processes import Processes, start_processes
+from cpvit.measure.examples import ExampleOptions
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation, load_plan
@@ -31,7 +37,6 @@ from cpvit.weights.libraries import is_saved_folder
 from cpvit.weights.loading import load_checkpoint
 from cpvit.weights.reading import head_classes
 
-T = TypeVar("T")
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
@@ -150,18 +155,6 @@ def data_shape(model: nn.Module) -> tuple[int, tuple[int, ...]]:
     return host.num_classes, host.image_shape[-2:]
 
 
-def class_names(network: nn.Module) -> tuple[str, ...] | None:
-    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
-    names = getattr(getattr(network, "config", None), "id2label", None)
-    if names:
-        return tuple(str(names[number]) for number in sorted(names))
-    if data_shape(network)[0] != 1000:
-        return None
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo().label_descriptions())
-
-
 def open_source(options: DataOptions) -> ImageSource:
     """List the images ``--data`` names, less those to leave out."""
     source = find_samples(
@@ -180,6 +173,26 @@ def build_preprocessing(model: nn.Module, options: PreprocessingOptions) -> Prep
         interpolation=options.interpolation,
         crop_pct=options.crop_pct,
     )
+
+
+def build_examples(
+    model: nn.Module, preprocessing: PreprocessingOptions, output: ImageRecordOptions
+) -> ExampleOptions:
+    """What ``--gallery`` asks for, with what this model's images were normalised by and its classes' names."""
+    prepared = build_preprocessing(model, preprocessing)
+    return ExampleOptions(output.shown, 3 * output.shown, prepared.mean, prepared.std, class_names(model))
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """What a transformers model calls its classes, or ImageNet-1k's for any other of a thousand; None if unknown."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if names:
+        return tuple(str(names[number]) for number in sorted(names))
+    if data_shape(model)[0] != 1000:
+        return None
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_descriptions())
 
 
 def build_calibration(
@@ -214,43 +227,6 @@ def build_calibration(
 def _images(batches: Batches) -> Iterator[Tensor]:
     for batch in progress(batches, "calibration", len(batches)):
         yield batch.images
-
-
-def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """A progress bar on stderr."""
-    with progress_bar() as bar:
-        yield from bar.track(items, total=total, description=title)
-
-
-def progress_bar() -> Progress:
-    """The project's one look of a progress bar."""
-    return Progress(
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def say(text: str) -> None:
-    """A remark for the person, kept apart from the result on stdout."""
-    print(text, file=sys.stderr)
-
-
-def write_record(result: object, path: Path | None, processes: Processes | None = None) -> None:
-    """Write a result's record as JSON, if asked for; the first of several processes does."""
-    if path is None or not is_first(processes):
-        return
-    record = dataclasses.asdict(result)  # type: ignore[call-overload]
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    say(f"record: {path}")
-
-
-def is_first(processes: Processes | None) -> bool:
-    """Whether this process writes files."""
-    return processes is None or processes.is_main
 
 
 def set_seed(seed: int) -> None:

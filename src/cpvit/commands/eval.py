@@ -8,6 +8,7 @@ from pathlib import Path
 from cpvit.commands.common import (
     build_batches,
     build_calibration,
+    build_examples,
     build_model,
     heads_need_images,
     joined,
@@ -16,10 +17,17 @@ from cpvit.commands.common import (
     planned,
     progress,
     set_seed,
-    write_record,
 )
-from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.commands.options import (
+    CalibrationOptions,
+    DataOptions,
+    ImageRecordOptions,
+    ModelOptions,
+    PreprocessingOptions,
+)
+from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import eval_text, exported_text, saved_eval_text
+from cpvit.commands.terminal import show
 from cpvit.data import label_map, make_loader
 from cpvit.export.evaluating import evaluate_exported
 from cpvit.export.runtimes import open_exported
@@ -42,9 +50,9 @@ def run(
     pruning: PruneConfig,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
+    output: ImageRecordOptions,
     plan: Path | None = None,
     exported: Path | None = None,
-    json: Path | None = None,
 ) -> None:
     """Evaluate a model dense and pruned on the same labelled images.
 
@@ -55,13 +63,13 @@ def run(
     Args:
         plan: A plan written by ``cpvit plan``, instead of a method and a budget.
         exported: A file written by ``cpvit export``, instead of pruning anything; it runs in its own runtime.
-        json: Write the record behind what is printed to this file.
     """
+    check_output(output)
     set_seed(data.seed)
     if exported is not None:
         if plan is not None or pruning != PruneConfig():
             raise ValueError("--exported holds its plan; leave out --plan, --method, --macs and the like")
-        _exported(exported, model, data, preprocessing, json)
+        _exported(exported, model, data, preprocessing, output)
         return
     if not model.model:
         raise ValueError("give --model NAME, or --exported FILE")
@@ -75,8 +83,8 @@ def run(
                     f"{model.model} holds a pruned model and its plan; leave out --plan, --method, --macs and the like"
                 )
             alone = evaluate_pruned(network, batches, seed=data.seed, progress=progress, processes=processes)
-            print(saved_eval_text(alone))
-            write_record(alone, json, processes)
+            show(saved_eval_text(alone))
+            keep(alone, output, processes)
             return
         statistics = build_calibration(
             network,
@@ -93,9 +101,10 @@ def run(
             seed=data.seed,
             progress=progress,
             processes=processes,
+            examples=build_examples(network, preprocessing, output),
         )
-        print(eval_text(result))
-        write_record(result, json, processes)
+        show(eval_text(result))
+        keep(result, output, processes)
 
 
 def _exported(
@@ -103,7 +112,7 @@ def _exported(
     model: ModelOptions,
     data: DataOptions,
     preprocessing: PreprocessingOptions,
-    json: Path | None,
+    output: ImageRecordOptions,
 ) -> None:
     opened = open_exported(path)
     described = opened.description
@@ -124,5 +133,5 @@ def _exported(
     )
     dense = open_model(model, data=data.data) if model.model else None
     result = evaluate_exported(opened, batches, dense=dense, seed=data.seed, progress=progress)
-    print(exported_text(result))
-    write_record(result, json)
+    show(exported_text(result))
+    keep(result, output)

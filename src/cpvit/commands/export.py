@@ -21,6 +21,7 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import export_text
+from cpvit.commands.terminal import show
 from cpvit.data import Preprocessing, find_samples, make_loader
 from cpvit.export.exporting import ExportOptions, export
 from cpvit.plans.config import PruneConfig
@@ -98,7 +99,7 @@ def run(
     found = export(
         network, out, options, images=samples, preprocessing=described, classes=class_names(network)
     )
-    print(export_text(found))
+    show(export_text(found))
     say(f"written: {out}")
     write_record(found, json)
 

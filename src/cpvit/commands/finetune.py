@@ -18,7 +18,6 @@ from cpvit.commands.common import (
     planned,
     say,
     set_seed,
-    write_record,
 )
 from cpvit.commands.finetune_images import Images, identity, open_images
 from cpvit.commands.finetune_options import (
@@ -28,7 +27,9 @@ from cpvit.commands.finetune_options import (
     TrainDataOptions,
 )
 from cpvit.commands.options import CalibrationOptions, PreprocessingOptions
+from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import finetune_text
+from cpvit.commands.terminal import show
 from cpvit.data import (
     Batches,
     Preprocessing,
@@ -74,6 +75,7 @@ def run(
     Runs in one process, or in as many as ``torchrun`` or ``accelerate launch`` start. Killed at any moment, the
     same command line with --resume goes on.
     """
+    check_output(output.records)
     wanted = _wanted(pruning, output)
     processes = start_processes(start.device, logging_dir=output.output_dir.expanduser())
     set_seed(training.seed)
@@ -100,9 +102,9 @@ def run(
         processes=processes,
     )
     if processes.is_main:
-        print(finetune_text(result))
+        show(finetune_text(result))
         say(f"models, checkpoint and record: {output.output_dir}")
-        write_record(result, output.json)
+        keep(result, output.records)
     processes.part()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpvit.commands.options import RecordOptions
 from cpvit.data import Augmentation, Mixing
 
 
@@ -118,3 +119,10 @@ class OutputOptions:
     """Write curves for TensorBoard into the output folder."""
     json: Path | None = None
     """Write the record behind what is printed to this file as well."""
+    report: Path | None = None
+    """Write a page about it to this file: curves, plan, settings, in one HTML file (needs cpvit[report])."""
+
+    @property
+    def records(self) -> RecordOptions:
+        """What is kept besides the folder."""
+        return RecordOptions(self.json, self.report)

@@ -104,3 +104,32 @@ class CalibrationOptions:
     """A folder or a .tar of images, or shards; with it the schedule is layer-aware."""
     calibration_limit: int = 64
     """How many of them to use (seeded sample)."""
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What is kept of the result."""
+
+    json: Path | None = None
+    """Write the record behind what is printed to this file."""
+    report: Path | None = None
+    """Write a page about it to this file: charts, plan, pictures, in one HTML file (needs cpvit[report])."""
+
+
+@dataclass(frozen=True)
+class ImageRecordOptions(RecordOptions):
+    """What is kept of the result."""
+
+    gallery: int | None = None
+    """Show what becomes of the patches of this many images, and as many of those that were lost; by default 4 with
+    --report, else none. Small copies of these images are then part of the record."""
+
+    @property
+    def shown(self) -> int:
+        """Images of the gallery."""
+        if self.gallery is None:
+            return 0 if self.report is None else GALLERY
+        return self.gallery
+
+
+GALLERY = 4

@@ -23,6 +23,7 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import DataOptions, ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import plan_text
+from cpvit.commands.terminal import show
 from cpvit.data import label_map, make_loader
 from cpvit.machine.align import best_align
 from cpvit.machine.files import write_atomically
@@ -96,9 +97,9 @@ def run(
         tuned = found.tuned if isinstance(found, SpeedTuned) else found
         if is_first(processes):
             write_atomically(out, tuned.plan.to_json())
-        print(_text(tuned))
+        show(_text(tuned))
         if isinstance(found, SpeedTuned):
-            print(_speed_text(found))
+            show(_speed_text(found))
         say(f"plan: {out}")
         write_record(found, json, processes)
 
@@ -140,7 +141,7 @@ def _escalate(
     found = tune_escalation(network, images, target.min_agreement, method=options.method, processes=processes)
     if is_first(processes):
         write_atomically(out, found.found.to_json())
-    print(_escalation_text(found, target.min_agreement))
+    show(_escalation_text(found, target.min_agreement))
     say(f"plan: {out}")
     write_record(found, json, processes)
 
@@ -192,7 +193,7 @@ def _search(
     with progress_bar() as bar:
         task = bar.add_task("search", total=options.trials)
 
-        def show(count: int, best: float) -> None:
+        def on_trial(count: int, best: float) -> None:
             bar.update(task, completed=count, description=f"distance {best:.4f}")
 
         if target.speedup is not None:
@@ -200,7 +201,7 @@ def _search(
                 raise ValueError("--speedup is measured in one process; start it without torchrun")
             timing = SpeedupOptions(request.batch_size, options.align or "auto", seconds=options.seconds)
             return tune_speedup(
-                network, images, target.speedup, request.search(), timing, on_trial=show, on_message=say
+                network, images, target.speedup, request.search(), timing, on_trial=on_trial, on_message=say
             )
         search = request.search(_multiple(network, request))
         return tune(
@@ -210,7 +211,7 @@ def _search(
             search,
             labels=labels,
             checkpoint=request.checkpoint,
-            on_trial=show,
+            on_trial=on_trial,
             processes=request.processes,
         )
 

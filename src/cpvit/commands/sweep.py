@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cpvit.commands.common import (
     build_batches,
     build_calibration,
+    build_examples,
     build_model,
     build_preprocessing,
     is_first,
@@ -22,12 +24,20 @@ from cpvit.commands.common import (
     say,
     set_seed,
     words,
-    write_record,
 )
-from cpvit.commands.options import CalibrationOptions, DataOptions, ModelOptions, PreprocessingOptions
+from cpvit.commands.options import (
+    CalibrationOptions,
+    DataOptions,
+    ImageRecordOptions,
+    ModelOptions,
+    PreprocessingOptions,
+)
+from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import table
+from cpvit.commands.terminal import show, timed
 from cpvit.data import find_samples, make_loader
-from cpvit.measure.sweep import SweepOptions, SweepResult, plot_sweep, sweep
+from cpvit.measure.sweep import SweepOptions, SweepResult, sweep
+from cpvit.pictures.sweeps import plot_sweep
 from cpvit.plans.plan import Plan
 from cpvit.tuning.target import Target
 from cpvit.tuning.tune import TuneOptions, tune
@@ -50,6 +60,7 @@ class ComparisonOptions:
     """Files written by ``cpvit plan``, separated by commas: rows and a line of their own."""
 
 
+T = TypeVar("T")
 BY_DEFAULT = ComparisonOptions()
 
 
@@ -58,39 +69,52 @@ def run(
     data: DataOptions,
     calibration: CalibrationOptions,
     preprocessing: PreprocessingOptions,
+    output: ImageRecordOptions,
     comparison: ComparisonOptions = BY_DEFAULT,
     plot: Path | None = None,
-    json: Path | None = None,
 ) -> None:
     """Evaluate several methods at several MACs budgets on the same images.
 
     Started by torchrun, each process evaluates a share of the images.
 
     Args:
-        plot: Write a picture (PNG): top-1 lost and KL against MACs, a line per method.
-        json: Write the record behind what is printed to this file.
+        plot: Write a picture (PNG or SVG): top-1 and KL against MACs, a line per method.
     """
+    check_output(output)
     set_seed(data.seed)
     searched, trials = words(comparison.searched), comparison.trials
     if searched and calibration.calibration is None:
         raise ValueError("--searched needs images that are not evaluated: give --calibration")
     loaded = [Plan.load(path) for path in words(comparison.plans)]
-    options = SweepOptions(words(comparison.methods), numbers(comparison.macs), tuple(loaded), data.seed)
+    methods, budgets = words(comparison.methods), numbers(comparison.macs)
     with joined(model) as processes, progress_bar() as bar:
         network = build_model(model, data=data.data)
         batches = build_batches(network, data, preprocessing, processes)
         images = _search_images(network, calibration, preprocessing, data.seed) if searched else None
+        examples = build_examples(network, preprocessing, output)
+        options = SweepOptions(methods, budgets, tuple(loaded), data.seed, examples)
+        passes = 1 + len(methods) * len(budgets) + len(loaded)
+        whole = bar.add_task("sweep", total=passes * len(batches))
         task = bar.add_task("search", total=trials, visible=False)
 
         def search(method: str, budget: float) -> Plan:
-            def show(count: int, best: float) -> None:
+            def on_trial(count: int, best: float) -> None:
                 title = f"{method} {budget:g} distance {best:.3f}"
                 bar.update(task, completed=count, visible=count < trials, description=title)
 
             target = Target(macs=budget)
             settings = TuneOptions(method=method, trials=trials, seed=data.seed)
             assert images is not None, "read above, since something is searched for"
-            return tune(network, images, target, settings, on_trial=show, processes=processes).plan
+            return tune(network, images, target, settings, on_trial=on_trial, processes=processes).plan
+
+        def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+            """A bar for this pass; the one above is for all of them."""
+            own = bar.add_task(title, total=total)
+            with timed(title):
+                for item in bar.track(items, total=total, task_id=own):
+                    yield item
+                    bar.advance(whole)
+            bar.remove_task(own)
 
         result = sweep(
             network,
@@ -98,13 +122,13 @@ def run(
             options,
             calibration=build_calibration(network, calibration, preprocessing, seed=data.seed),
             search={method: partial(search, method) for method in searched},
-            progress=lambda items, title, total: bar.track(items, total=total, description=title),
+            progress=track,
             processes=processes,
         )
-        print(_text(result))
+        show(_text(result))
         if plot is not None and is_first(processes):
             say(f"plot: {plot_sweep(result, plot)}")
-        write_record(result, json, processes)
+        keep(result, output, processes)
 
 
 def _search_images(

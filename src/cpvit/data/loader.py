@@ -47,16 +47,16 @@ class _Decoded(Dataset[_Item]):
     def __init__(
         self, samples: Sequence[Sample], labels: Numbers | None, reader: Reader, transform: Transform
     ) -> None:
-        self._samples = samples
+        self.samples = samples
         self._labels = labels
         self._reader = reader
         self._transform = transform
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> _Item:
-        key = self._samples[index].key
+        key = self.samples[index].key
         label = None if self._labels is None else int(self._labels[index])
         try:
             image = self._reader.read(key)
@@ -116,6 +116,12 @@ class Batches:
     def __len__(self) -> int:
         """Batches at most; one whose images are all bad is not yielded."""
         return -(-self.num_images // self._batch_size)
+
+    def picked(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The images `[3 H W]` of these samples, prepared as in every batch; those of other processes are left out."""
+        decoded, wanted = cast("_Decoded", self._loader.dataset), set(keys)
+        items = [decoded[row] for row, sample in enumerate(decoded.samples) if sample.key in wanted]
+        return {item.key: item.image for item in items if item.image is not None}
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []

@@ -14,7 +14,16 @@ from cpvit.adapters import Host
 from cpvit.data import Batches
 from cpvit.machine.environment import Environment, describe_environment
 from cpvit.machine.processes import Processes, gathered
+from cpvit.measure.examples import (
+    Disagreement,
+    ExampleOptions,
+    Examples,
+    Gallery,
+    PatchTrace,
+    disagreements,
+)
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
+from cpvit.measure.outcomes import Outcomes, outcomes, right
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation
@@ -92,8 +101,18 @@ class EvalResult:
     """Names of the images that could not be read."""
     plan: Plan
     environment: Environment
+    dense_right: str
+    """A character for each image: 1 where the dense model is right."""
+    outcomes: Outcomes
+    """Of each image under the pruned model."""
     escalation: EscalationResult | None = None
     """How many images ran again, where two plans were applied; ``plan`` is then that of the first stage."""
+    disagreements: tuple[Disagreement, ...] = ()
+    """Images that are classified otherwise than by the dense model; at most 50."""
+    traces: tuple[PatchTrace, ...] = ()
+    """What became of the patches of the images of the gallery; empty for two stages."""
+    examples: Examples | None = None
+    """Pictures, if they were asked for."""
 
 
 def evaluate(
@@ -105,6 +124,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = no_progress,
     processes: Processes | None = None,
+    examples: ExampleOptions | None = None,
 ) -> EvalResult:
     """Evaluate a model dense and pruned on the same images. The model is left untouched.
 
@@ -116,6 +136,7 @@ def evaluate(
         seed: Only recorded.
         progress: Shows how far each pass is.
         processes: Those that share the work, each with batches of its own share; the result is that of all images.
+        examples: What to show of single images, and the names of the classes.
 
     Raises:
         ValueError: The configuration does not fit the model, or the images have no labels.
@@ -124,11 +145,13 @@ def evaluate(
     run = partial(predict, batches=batches, progress=progress, processes=processes)
     dense = run(host, title="dense")
     dense_result = DenseResult(dense.top(1), dense.top(5), host_macs(host), count_params(model))
+    shown = Gallery(host, dense, batches, examples, processes)
     if isinstance(config, Escalation):
         found = _two_stages(host, config, run, processes)
     else:
-        found = _one_plan(host, PruneConfig() if config is None else config, calibration, run)
+        found = _one_plan(host, PruneConfig() if config is None else config, calibration, run, shown)
     pruned, plan = found.predictions, found.plan
+    differ = disagreements(dense, pruned, examples)
     skipped = gathered(list(batches.skipped), processes)
     return EvalResult(
         model=plan.model,
@@ -142,7 +165,12 @@ def evaluate(
         skipped=tuple(skipped),
         plan=plan,
         environment=describe_environment(host.device, host.dtype, seed),
+        dense_right=right(dense),
+        outcomes=outcomes(dense, pruned),
         escalation=found.escalation,
+        disagreements=differ,
+        traces=found.traces,
+        examples=shown.examples([differ]),
     )
 
 
@@ -215,14 +243,22 @@ class _Pruned(NamedTuple):
     macs: int
     params: int
     escalation: EscalationResult | None = None
+    traces: tuple[PatchTrace, ...] = ()
 
 
 def _one_plan(
-    host: Host, config: PruneConfig | Plan, calibration: Calibration | None, run: Callable[..., Predictions]
+    host: Host,
+    config: PruneConfig | Plan,
+    calibration: Calibration | None,
+    run: Callable[..., Predictions],
+    shown: Gallery,
 ) -> _Pruned:
     plan = prune_host(host, config, calibration=calibration)
     try:
-        return _Pruned(run(host, title="pruned"), plan, host_macs(host), count_params(host.model))
+        predictions = run(host, title="pruned")
+        return _Pruned(
+            predictions, plan, host_macs(host), count_params(host.model), traces=shown.traces(host)
+        )
     finally:
         unprune_host(host)
 
@@ -255,7 +291,7 @@ def predict(
     Raises:
         ValueError: The images have no labels.
     """
-    log_probs, labels = [], []
+    log_probs, labels, keys = [], [], []
     with host.in_eval_mode():
         for batch in progress(batches, title, len(batches)):
             if batch.labels is None:
@@ -265,8 +301,13 @@ def predict(
             logits = host.output(host.model(batch.images.to(host.device, host.dtype)))
             log_probs.append(logits.float().log_softmax(dim=-1).cpu())
             labels.append(batch.labels)
-    shares = gathered(list(zip(log_probs, labels, strict=True)), processes)
-    return Predictions(*(torch.cat(side) for side in zip(*shares, strict=True)))
+            keys.append(batch.keys)
+    shares = gathered(list(zip(log_probs, labels, keys, strict=True)), processes)
+    return Predictions(
+        torch.cat([share[0] for share in shares]),
+        torch.cat([share[1] for share in shares]),
+        tuple(key for share in shares for key in share[2]),
+    )
 
 
 def count_params(model: nn.Module) -> int:

@@ -15,6 +15,8 @@ class Predictions:
     """[B classes], float32."""
     labels: Tensor | None = None
     """[B]."""
+    keys: tuple[str, ...] = ()
+    """Names of the B images, where they are known."""
 
     def top(self, k: int) -> float:
         """Percent of images whose label is among the k most probable classes."""
@@ -33,8 +35,13 @@ def agreement(dense: Predictions, pruned: Predictions) -> float:
 
 def kl_divergence(dense: Predictions, pruned: Predictions) -> float:
     """Mean over images of KL(dense || pruned), in nats."""
+    return kl_divergences(dense, pruned).mean().item()
+
+
+def kl_divergences(dense: Predictions, pruned: Predictions) -> Tensor:
+    """KL(dense || pruned) of every image, in nats: [B], float64."""
     expected, got = dense.log_probs.double(), pruned.log_probs.double()
-    return (expected.exp() * (expected - got)).sum(dim=1).mean().item()
+    return (expected.exp() * (expected - got)).sum(dim=1)
 
 
 def logit_distance(dense: Predictions, pruned: Predictions) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias, cast
 
@@ -14,7 +13,16 @@ from cpvit.data import Batches
 from cpvit.machine.environment import Environment, describe_environment
 from cpvit.machine.processes import Processes
 from cpvit.measure.evaluate import Progress, no_progress, predict
+from cpvit.measure.examples import (
+    Disagreement,
+    ExampleOptions,
+    Examples,
+    Gallery,
+    PatchTrace,
+    disagreements,
+)
 from cpvit.measure.metrics import agreement, kl_divergence
+from cpvit.measure.outcomes import Outcomes, outcomes, right
 from cpvit.plans.calibration import Calibration
 from cpvit.plans.check import check_plan
 from cpvit.plans.config import PruneConfig, ScheduleName
@@ -44,6 +52,12 @@ class SweepPoint:
     kl: float
     schedule: str
     plan: Plan
+    outcomes: Outcomes
+    """Of each image."""
+    disagreements: tuple[Disagreement, ...] = ()
+    """Images that are classified otherwise than by the dense model; at most 50."""
+    traces: tuple[PatchTrace, ...] = ()
+    """What became of the patches of the images of the gallery."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,12 @@ class SweepResult:
     dense_top1: float
     dense_top5: float
     dense_macs: int
+    dense_right: str
+    """A character for each image: 1 where the dense model is right."""
     points: tuple[SweepPoint, ...]
     environment: Environment
+    examples: Examples | None = None
+    """Pictures, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,8 @@ class SweepOptions:
     """Plans made before, as points of a line of their own for each method ("plan (METHOD)")."""
     seed: int = 0
     """Only recorded."""
+    examples: ExampleOptions | None = None
+    """What to show of single images, and the names of the classes."""
 
 
 def sweep(
@@ -106,6 +126,7 @@ def sweep(
         check_plan(plan, host)
     dense = predict(host, batches, title="dense", progress=progress, processes=processes)
     dense_macs = host_macs(host)
+    gallery = Gallery(host, dense, batches, options.examples, processes)
     points: list[SweepPoint] = []
 
     def add_point(name: str, asked: float, config: PruneConfig | Plan) -> None:
@@ -123,6 +144,9 @@ def sweep(
                 kl=kl_divergence(dense, pruned),
                 schedule=plan.schedule,
                 plan=plan,
+                outcomes=outcomes(dense, pruned),
+                disagreements=disagreements(dense, pruned, options.examples),
+                traces=gallery.traces(host),
             )
         )
         unprune_host(host)
@@ -140,8 +164,10 @@ def sweep(
         dense_top1=dense.top(1),
         dense_top5=dense.top(5),
         dense_macs=dense_macs,
+        dense_right=right(dense),
         points=tuple(points),
         environment=describe_environment(host.device, host.dtype, options.seed),
+        examples=gallery.examples([point.disagreements for point in points]),
     )
 
 
@@ -149,28 +175,3 @@ def configured(method: str, macs: float) -> PruneConfig:
     """What ``tome`` or ``tome:curve`` (method and schedule) asks for at a budget."""
     name, _, schedule = method.partition(":")
     return PruneConfig(method=name, macs=macs, schedule=cast(ScheduleName, schedule or "auto"))
-
-
-def plot_sweep(result: SweepResult, path: Path) -> Path:
-    """Top-1 lost and KL against MACs, a line per method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    lost, divergence = figure.subplots(1, 2)
-    for method in dict.fromkeys(point.method for point in result.points):
-        line = sorted((p.macs_ratio, p.top1_lost, p.kl) for p in result.points if p.method == method)
-        ratios, losses, kls = zip(*line, strict=True)
-        lost.plot(ratios, losses, marker="o", label=method)
-        divergence.plot(ratios, kls, marker="o", label=method)
-    lost.set(
-        xlabel="MACs of dense", ylabel="top-1 lost (points)", title=f"{result.model}, {result.images} images"
-    )
-    divergence.set(xlabel="MACs of dense", ylabel="KL from dense (nats)", yscale="log")
-    for axes in (lost, divergence):
-        axes.invert_xaxis()
-        axes.grid(visible=True, alpha=0.3)
-    divergence.legend()
-    figure.savefig(path, dpi=120)
-    return path

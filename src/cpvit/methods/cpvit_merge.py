@@ -13,11 +13,15 @@ them, however important they are. Here the cost of merging token i into token j 
   size: importance per patch.
 * floor: importance of a patch that receives no attention.
 
+Several sources may draw an edge to the same destination. Merged one after the other, cheapest first, the second finds
+it grown; so the cost of an edge counts, with the destination, the sources whose edges to it are cheaper.
+
 Pairs are matched as in ToMe (arXiv 2210.09461): tokens alternate between sources and destinations, each source draws an
 edge to its most similar destination, and the edges of lowest cost are merged; attention is proportional to size. The
 merged token has the direction of the size-weighted mean and the norm of the longest token in it (MLERP, arXiv
-2312.01026). The score needs one query row, so the attention stays fused. If a block must merge more tokens than there
-are sources, the least important tokens are each merged into the most similar token that stays.
+2312.01026). The shorter the mean was, the less its tokens agreed: the size shrinks by the root of it. The score needs
+one query row, so the attention stays fused. If a block must merge more tokens than there are sources, the least
+important tokens are each merged into the most similar token that stays.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ class CPViTMerge:
         return merge_edges(x, state, -cost, partner, step.keep, num_prefix, keep_length=True)
 
     def matching_macs(self, patches: int, keep: int, embed_dim: int, head_dim: int) -> int:
-        """Similarities (source by destination, or removed by kept) and the means of rescaled tokens."""
+        """Similarities (source by destination, or removed by kept), and the means of rescaled tokens."""
         sources, destinations = patches // 2, patches - patches // 2
         removed = patches - keep
         matching = sources * destinations if removed <= sources else removed * keep
@@ -72,7 +76,7 @@ class CPViTMerge:
 
 
 def merge_cost(state: TokenState, partner: Tensor, similarity: Tensor, num_prefix: int) -> Tensor:
-    """Cost of merging every source into its partner: [B a].
+    """Cost of merging every source into its partner, after the cheaper sources of the same partner: [B a].
 
     Args:
         state: With score and size of the n tokens.
@@ -85,9 +89,18 @@ def merge_cost(state: TokenState, partner: Tensor, similarity: Tensor, num_prefi
     size_i, destination_size = bipartite(state.size, num_prefix)
     score_i, destination_score = bipartite(state.score, num_prefix)
     size_j, score_j = take(destination_size, partner), take(destination_score, partner)
-    importance = score_i / size_i + score_j / size_j + FLOOR
-    distance = (1 - as_dtype(importance, similarity)).clamp_min(1e-6)
-    return size_i * size_j / (size_i + size_j) * distance * importance
+    distance = (1 - as_dtype(score_i, similarity)).clamp_min(1e-6)
+    alone = _pair_cost(size_i, score_i, size_j, score_j) * distance
+    same = partner.unsqueeze(2) == partner.unsqueeze(1)
+    before = same & (alone.unsqueeze(1) < alone.unsqueeze(2))
+    size_j = size_j + (before * size_i.unsqueeze(1)).sum(dim=2)
+    score_j = score_j + (before * score_i.unsqueeze(1)).sum(dim=2)
+    return _pair_cost(size_i, score_i, size_j, score_j) * distance
+
+
+def _pair_cost(size_i: Tensor, score_i: Tensor, size_j: Tensor, score_j: Tensor) -> Tensor:
+    """What a unit of distance costs between tokens of these sizes and importances: all [B a]."""
+    return size_i * size_j / (size_i + size_j) * (score_i / size_i + score_j / size_j + FLOOR)
 
 
 def _merge_least_important(

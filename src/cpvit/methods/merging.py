@@ -43,7 +43,8 @@ def merge(
         num_prefix: P.
         keep_length: Scale each average to the norm of the longest token in it (MLERP of "Token Fusion", arXiv
             2312.01026). The mean of tokens that differ is shorter than each of them, which later blocks were not
-            trained for.
+            trained for. The size of the merged token is then the number of patches times the root of what the mean
+            was shorter by.
 
     Returns:
         [B P+k C] and the state of the k tokens.
@@ -60,16 +61,19 @@ def merge(
     )
     same = destinations.unsqueeze(2) == destinations.unsqueeze(1)
     source_size = take(size, sources)
-    weight = source_size / (take(size, destination) + (same * source_size.unsqueeze(1)).sum(dim=2))
-    step = (source_tokens - destination_tokens) * as_dtype(x, weight.unsqueeze(-1))
+    destination_size = take(size, destination)
+    total = destination_size + (same * source_size.unsqueeze(1)).sum(dim=2)
+    step = (source_tokens - destination_tokens) * as_dtype(x, (source_size / total).unsqueeze(-1))
+    gained = source_size
     if keep_length:
-        step = _rescaled(source_tokens, destination_tokens, step, same)
+        step, shortening = _rescaled(source_tokens, destination_tokens, step, same)
+        gained = (total * shortening.sqrt() - destination_size) / same.sum(dim=2)
     merged = _added(tokens, step, destinations + num_prefix)
     return merged, replaced(
         state,
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
-        size=take(size, kept) + _received(source_size, destinations, kept),
+        size=take(size, kept) + _received(gained, destinations, kept),
         carrier=_carriers(state, sources, destinations, kept),
     )
 
@@ -85,22 +89,27 @@ def _added(tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
     return tokens
 
 
-def _received(source_size: Tensor, destinations: Tensor, kept: Tensor) -> Tensor:
-    """Number of patches merged into each of the k kept tokens: [B k]."""
+def _received(gained: Tensor, destinations: Tensor, kept: Tensor) -> Tensor:
+    """What each of the k kept tokens gains by its r sources: [B r] -> [B k]."""
     index = torch.arange(kept.shape[1], device=kept.device)
-    return ((destinations.unsqueeze(1) == index.view(1, -1, 1)) * source_size.unsqueeze(1)).sum(dim=2)
+    return ((destinations.unsqueeze(1) == index.view(1, -1, 1)) * gained.unsqueeze(1)).sum(dim=2)
 
 
-def _rescaled(source_tokens: Tensor, destination_tokens: Tensor, step: Tensor, same: Tensor) -> Tensor:
+def _rescaled(
+    source_tokens: Tensor, destination_tokens: Tensor, step: Tensor, same: Tensor
+) -> tuple[Tensor, Tensor]:
     """Steps [B r C] whose sum over the sources of one destination leads to their rescaled mean.
+
+    Also the length of the mean over that of the longest token, at most 1 up to rounding: [B r].
 
     ``same`` [B r r] says which sources share a destination. The sources of one destination get equal steps.
     """
     means = destination_tokens + same.to(step.dtype) @ step
     longest = torch.maximum(_norm(destination_tokens), (same * _norm(source_tokens).unsqueeze(1)).amax(dim=2))
-    factor = longest / _norm(means).clamp_min(1e-12)
+    length = _norm(means).clamp_min(1e-12)
     count = same.sum(dim=2).unsqueeze(-1)
-    return (means * as_dtype(means, factor.unsqueeze(-1)) - destination_tokens) / count
+    step = (means * as_dtype(means, (longest / length).unsqueeze(-1)) - destination_tokens) / count
+    return step, length / longest.clamp_min(1e-12)
 
 
 def _norm(tokens: Tensor) -> Tensor:
