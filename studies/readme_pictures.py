@@ -34,7 +34,7 @@ from cpvit.weights.loading import load_checkpoint
 BLOCKS = (4, 6, 8, 10)
 """After which the image is drawn, counted from 1."""
 ROWS = {"cpvit-merge": "similar patches\nmerge", "cpvit": "unimportant patches\nare removed"}
-CREDIT = "photograph: Daniel Büchele, CC BY 2.0"
+CREDIT = "photograph: Daniel Büchele,\nCC BY 2.0"
 
 
 @dataclass(frozen=True)

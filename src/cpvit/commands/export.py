@@ -21,9 +21,9 @@ from cpvit.commands.common import (
 )
 from cpvit.commands.options import ModelOptions, PreprocessingOptions
 from cpvit.commands.tables import export_text
-from cpvit.commands.terminal import show
+from cpvit.commands.terminal import show, stage_bar
 from cpvit.data import Preprocessing, find_samples, make_loader
-from cpvit.export.exporting import ExportOptions, export
+from cpvit.export.exporting import STAGES, ExportOptions, export
 from cpvit.plans.config import PruneConfig
 from cpvit.plans.escalation import Escalation
 from cpvit.pruning.calibrate import calibrate
@@ -96,9 +96,16 @@ def run(
         assert not isinstance(config, Escalation)
         needed = samples if heads_need_images(config) else None
         prune_(network, config, calibration=None if needed is None else calibrate(network, needed))
-    found = export(
-        network, out, options, images=samples, preprocessing=described, classes=class_names(network)
-    )
+    with stage_bar(STAGES) as on_message:
+        found = export(
+            network,
+            out,
+            options,
+            images=samples,
+            preprocessing=described,
+            classes=class_names(network),
+            on_message=on_message,
+        )
     show(export_text(found))
     say(f"written: {out}")
     write_record(found, json)

@@ -29,7 +29,7 @@ from cpvit.commands.finetune_options import (
 from cpvit.commands.options import CalibrationOptions, PreprocessingOptions
 from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import finetune_text
-from cpvit.commands.terminal import show
+from cpvit.commands.terminal import is_quiet, show
 from cpvit.data import (
     Batches,
     Preprocessing,
@@ -168,7 +168,7 @@ def _teacher(start: StartOptions, num_classes: int, training: FinetuneConfig) ->
 
 def _callback(output: OutputOptions, processes: Processes) -> Callback:
     """A bar in the terminal, and curves unless they are not wanted."""
-    bar = ProgressBar()
+    bar = Callback() if is_quiet() else ProgressBar()
     return CallbackList(bar, TensorBoard(processes)) if output.tensorboard else bar
 
 

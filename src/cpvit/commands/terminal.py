@@ -122,6 +122,7 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 def progress_bar() -> Progress:
     """The project's one look of a progress bar; invisible with --quiet, and where stderr is no terminal."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -129,9 +130,9 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=_OPTIONS.get().quiet,
+        disable=_OPTIONS.get().quiet or not console.is_terminal,
     )
 
 
@@ -141,6 +142,23 @@ def share_bar(title: str) -> Iterator[Callable[[float], None]]:
     with timed(title), progress_bar() as bar:
         task = bar.add_task(title, total=100)
         yield lambda share: bar.update(task, completed=round(100 * share))
+
+
+@contextmanager
+def stage_bar(stages: int) -> Iterator[Callable[[str], None]]:
+    """A bar for work in a few stages, each announced by its name."""
+    with timed("export"), progress_bar() as bar:
+        task = bar.add_task("", total=stages, completed=-1)
+
+        def begin(title: str) -> None:
+            bar.update(task, description=title, advance=1)
+
+        yield begin
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _OPTIONS.get().quiet
 
 
 @contextmanager

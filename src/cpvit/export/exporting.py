@@ -31,6 +31,7 @@ from cpvit.export.program import Deployed, digest, for_cpu, to_uint8, trace
 from cpvit.export.requirements import EXTRAS, check_torch, required
 from cpvit.export.runtimes import ExportedModel, open_exported
 from cpvit.machine.environment import describe_environment
+from cpvit.machine.timer import OnMessage
 from cpvit.plans.macs import host_macs
 from cpvit.pruning.escalation import EscalatingModel
 from cpvit.pruning.install import installed
@@ -65,6 +66,10 @@ class ExportOptions:
         return "int8" if self.int8 else "int8-weights" if self.int8_weights else "float32"
 
 
+STAGES = 3
+"""Of an export, for a progress bar."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """A file that was written."""
@@ -85,6 +90,7 @@ def export(
     preprocessing: Preprocessing | None = None,
     classes: tuple[str, ...] | None = None,
     most_kl: float | None = None,
+    on_message: OnMessage = lambda _: None,
 ) -> Exported:
     """Write a dense or pruned model to a file for another runtime, and compare the two.
 
@@ -100,6 +106,7 @@ def export(
         preprocessing: Of the images, to be described, and to be put inside with ``with_preprocessing``.
         classes: Names of the outputs, to be described.
         most_kl: Divergence in nats at which the file is refused; by default 0.0001 in float32, 0.25 in int8.
+        on_message: Called with what is done next, :data:`STAGES` times.
 
     Raises:
         ExportError: The model or the options cannot be exported, a package is missing, or the file answers otherwise.
@@ -107,6 +114,7 @@ def export(
         OSError: The file cannot be written.
     """
     start = time.perf_counter()
+    on_message("open the model")
     options = ExportOptions() if options is None else options
     target = Path(path).expanduser()
     _check_options(model, target, options, images, preprocessing)
@@ -123,7 +131,9 @@ def export(
     compared = partial(compare, program, images=unseen, real=images is not None, most_kl=most_kl)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         drafts = Drafts(description, Path(folder), target.name, inputs[: len(seen)])
+        on_message("trace the model")
         traced = trace(program, inputs if len(inputs) > 1 else inputs.repeat(2, 1, 1, 1), options.batch_size)
+        on_message(f"write {options.precision} for {options.to}, run it, compare")
         made, parity = _closest(drafts.write(traced), compared)
         check(parity, options.precision)
         found = Exported(
