@@ -360,7 +360,10 @@ def test_a_sweep_has_a_chart_and_a_table_and_ctrl_c_leaves_nothing(
     person.upload(digit)
     assert [path for path in server.files() if path.name == digit.name]
     person.page.get_by_role("tab", name="Accuracy").click()
-    person.page.locator("#cp-curve svg, #cp-curve canvas").first.wait_for()
+    drawing = person.page.locator("#cp-curve .marks").first
+    drawing.wait_for()
+    assert drawing.bounding_box()["width"] > 600
+    assert person.page.locator("#cp-curve a[href]").count() == 0
     assert [row[0] for row in person.table("#cp-curve-table")] == [
         "dense",
         "tome at 60.0%",

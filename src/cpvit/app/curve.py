@@ -84,12 +84,15 @@ def chart(panel: Panel) -> dict[str, Any]:
     """The report's chart as Vega-Lite, with colours that are seen in light and dark."""
     letters = {"labelColor": GREY, "titleColor": GREY}
     return accuracy_chart(panel) | {
+        # Vega's menu has a link that sends the chart to an editor on another machine.
+        "usermeta": {"embedOptions": {"actions": False}},
         "config": {
             "background": "transparent",
             "view": {"stroke": GREY},
             "axis": letters | {"gridColor": GREY, "gridOpacity": 0.3, "domainColor": GREY, "tickColor": GREY},
             "legend": letters | {"columns": 2},
             "mark": {"color": GREY},
+            "rule": {"color": GREY},
             "text": {"color": GREY},
             "range": {"category": list(COLOURS)},
         },
