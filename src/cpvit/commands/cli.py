@@ -21,6 +21,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
     from cpvit.commands import (
+        app,
         benchmark,
         demo,
         embed,
@@ -50,6 +51,7 @@ def commands() -> dict[str, Callable[..., None]]:
         "models": models.run,
         "support": support.run,
         "demo": demo.run,
+        "app": app.run,
     }
 
 
