@@ -62,6 +62,13 @@ class Server:
     def files(self) -> list[Path]:
         return [path for path in (self.folder / "temporary").rglob("*") if path.is_file()]
 
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(30)
@@ -125,10 +132,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("app"))
-    yield started
-    started.process.kill()
-    started.process.wait()
+    with Server(tmp_path_factory.mktemp("app")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -355,27 +360,27 @@ def test_a_sweep_has_a_chart_and_a_table_and_ctrl_c_leaves_nothing(
     ]
     values = {"model": "a model", "images": 100, "dense_top1": 90.0, "dense_top5": 99.0, "dense_macs": 1000}
     record.write_text(json.dumps(values | {"points": points, "environment": {}}))
-    server = Server(tmp_path, "--sweep", str(record))
-    person = Person(browser, server)
-    person.upload(digit)
-    assert [path for path in server.files() if path.name == digit.name]
-    person.page.get_by_role("tab", name="Accuracy").click()
-    drawing = person.page.locator("#cp-curve .marks").first
-    drawing.wait_for()
-    assert drawing.bounding_box()["width"] > 600
-    assert person.page.locator("#cp-curve a[href]").count() == 0
-    assert [row[0] for row in person.table("#cp-curve-table")] == [
-        "dense",
-        "tome at 60.0%",
-        "tome at 80.0%",
-        "cpvit at 60.0%",
-    ]
-    assert person.said == []
-    assert server.stop() == 0
-    assert server.files() == []
-    assert [path.name for path in (tmp_path / "temporary").iterdir() if "cpvit-app" in path.name] == []
-    assert "Traceback" not in server.log.read_text()
-    person.page.context.close()
+    with Server(tmp_path, "--sweep", str(record)) as server:
+        person = Person(browser, server)
+        person.upload(digit)
+        assert [path for path in server.files() if path.name == digit.name]
+        person.page.get_by_role("tab", name="Accuracy").click()
+        drawing = person.page.locator("#cp-curve .marks").first
+        drawing.wait_for()
+        assert drawing.bounding_box()["width"] > 600
+        assert person.page.locator("#cp-curve a[href]").count() == 0
+        assert [row[0] for row in person.table("#cp-curve-table")] == [
+            "dense",
+            "tome at 60.0%",
+            "tome at 80.0%",
+            "cpvit at 60.0%",
+        ]
+        assert person.said == []
+        assert server.stop() == 0
+        assert server.files() == []
+        assert [path.name for path in (tmp_path / "temporary").iterdir() if "cpvit-app" in path.name] == []
+        assert "Traceback" not in server.log.read_text()
+        person.page.context.close()
 
 
 def test_the_other_addresses_of_the_machine_do_not_answer(server: Server) -> None:
