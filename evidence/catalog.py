@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "records"
 WEIGHTS = "deit_tiny_patch16_224.safetensors"
 IMAGES = "imagenet-val-650.tar"
-DEIT_TINY = f"--model deit_tiny_patch16_224 --checkpoint {WEIGHTS} --data {IMAGES}"
+MODEL = f"--model deit_tiny_patch16_224 --checkpoint {WEIGHTS}"
+DEIT_TINY = f"{MODEL} --data {IMAGES}"
 EVERY_BUDGET = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.3"
 
 
@@ -59,7 +60,7 @@ class Check:
     command: str
 
 
-ALL_RECORDS = (
+ALL_RECORDS: tuple[Record, ...] = (
     Record("eval-deit-tiny", f"eval {DEIT_TINY} --method cpvit-merge --macs 0.6", 0.6),
     Record(
         "methods-deit-tiny",
@@ -84,7 +85,24 @@ ALL_RECORDS = (
     ),
 )
 
+INT8 = f"--to openvino --int8 --with-preprocessing --calibration {IMAGES} --out deit.xml"
+EXPORT = f"export {MODEL} {INT8}"
+EXPORTED = f"eval --exported deit.xml --data {IMAGES} --leave-out 128 {MODEL}"
+ALL_RECORDS += (
+    Record(
+        "escalation-deit-tiny",
+        f"eval {DEIT_TINY} --leave-out 128 --plan pair.json",
+        3,
+        (f"plan {DEIT_TINY} --limit 128 --min-agreement 0.995 --escalate --out pair.json",),
+    ),
+    Record("int8-dense", EXPORTED, 2, (f"{EXPORT} --dense",)),
+    Record("int8-60", EXPORTED, 3, (f"{EXPORT} --method cpvit-merge --macs 0.6",)),
+    Record("int8-50", EXPORTED, 3, (f"{EXPORT} --method cpvit-merge --macs 0.5",)),
+)
+
 ALL_TABLES = (
+    Table("escalation", "README.md", ("escalation-deit-tiny",), tables.escalation),
+    Table("int8", "README.md", ("int8-dense", "int8-60", "int8-50"), tables.int8),
     Table("eval", "README.md", ("eval-deit-tiny",), tables.evaluation),
     Table(
         "methods",
@@ -111,7 +129,6 @@ NO_MEASUREMENT = "describes, measures nothing"
 TYPED: dict[str, tuple[tuple[str, str], ...]] = {
     "README.md": (
         ("| speed-up, efficiency at 60% of the MACs | float32 | bfloat16 |", NOT_YET),
-        ("| 522 images, next to dense float32 torch | top-1 lost | agreement | KL |", NOT_YET),
         ("| | 100% of the MACs | 60% | 50% |", NOT_YET),
         ("| command | what it does |", NO_MEASUREMENT),
     ),

@@ -86,6 +86,38 @@ def _figures(point: Any) -> list[str]:
     ]
 
 
+def escalation(records: Loaded) -> str:
+    """Two stages next to the dense model."""
+    record = records["escalation-deit-tiny"]
+    low, high = interval(record["outcomes"]["agrees"])
+    row = [
+        f"{record['images']} images, two stages",
+        f"{100 * record['macs_ratio']:.1f}%",
+        f"{100 * record['escalation']['share']:.0f}%",
+        f"{record['agreement']:.4f} ({low / 100:.3f} to {high / 100:.3f})",
+        f"{record['dense']['top1'] - record['pruned']['top1']:.2f}",
+        f"{record['kl']:.4f} ± {record['outcomes']['kl_error']:.4f}",
+    ]
+    header = ["", "MACs on average", "ran twice", "dense prediction (95% interval)", "top-1 lost", "KL"]
+    return markdown(header, [row])
+
+
+def int8(records: Loaded) -> str:
+    """Exported files next to the dense torch model."""
+    titles = {
+        "int8-dense": "int8, dense (`--dense`)",
+        "int8-60": "**int8, `cpvit-merge` at 60% of the MACs**",
+        "int8-50": "int8, `cpvit-merge` at 50% (`--macs 0.5`)",
+    }
+    rows = []
+    for name, title in titles.items():
+        record, dense = records[name], records[name]["dense"]
+        lost = dense["top1"] - record["top1"]
+        rows.append([title, f"{lost:.2f}", f"{dense['agreement']:.3f}", f"{dense['kl']:.4f}"])
+    images = records["int8-60"]["images"]
+    return markdown([f"{images} images, next to dense float32 torch", "top-1 lost", "agreement", "KL"], rows)
+
+
 def budgets(records: Loaded) -> str:
     """Methods by budgets: KL, agreement, points lost; an asterisk where top-1 differs from ours beyond the noise."""
     return _by_budget(records["budgets-deit-tiny"], README_BUDGETS)

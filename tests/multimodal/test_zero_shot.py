@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import cpvit
 from cpvit.adapters import Host, UnsupportedModelError
@@ -21,6 +20,8 @@ from cpvit.pruning.prune import prune_host
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
 # open_clip opens its vocabulary without closing it.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -26,7 +26,7 @@ class Environment:
 def describe_environment(device: torch.device, dtype: torch.dtype, seed: int) -> Environment:
     """Describe this process."""
     packages = ("cpvit", "torch", "torchvision", "timm", "transformers")
-    found = {name: number for name in packages if (number := _version(name))}
+    found = {name: number for name in packages if (number := package_version(name))}
     return Environment(
         versions={"python": platform.python_version(), **found},
         device=str(device),
@@ -37,7 +37,8 @@ def describe_environment(device: torch.device, dtype: torch.dtype, seed: int) ->
     )
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version; None if it is not installed (or runs from its source)."""
     try:
         return version(package)
     except PackageNotFoundError:

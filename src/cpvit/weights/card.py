@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 
 from cpvit.adapters import Host
+from cpvit.machine.environment import package_version
 from cpvit.plans.plan import Plan
 
 CARD = "README.md"
@@ -56,7 +56,7 @@ tags:
 
 # {plan.model}, pruned to {100 * plan.macs_ratio:.0f}% of the MACs
 
-Saved by cpvit {version("cpvit")}: patches leave the Vision Transformer while it runs, so that later blocks see fewer.
+Saved by cpvit {package_version("cpvit") or "(from source)"}: patches leave the Vision Transformer while it runs, so that later blocks see fewer.
 
 | | |
 |---|---|
