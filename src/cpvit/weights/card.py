@@ -29,6 +29,7 @@ def model_card(host: Host, plan: Plan, results: Mapping[str, float] | None = Non
         if heads == plan.num_heads
         else f"left in each block: {_list(heads)} of {_list(plan.num_heads)}"
     )
+    made_with = package_version("cpvit") or "(from source)"
     source = f'"hf-hub:{where}"' if where else '"THIS_FOLDER"'
     rows = [
         ("model", f"{plan.model} ({host.family})"),
@@ -56,7 +57,7 @@ tags:
 
 # {plan.model}, pruned to {100 * plan.macs_ratio:.0f}% of the MACs
 
-Saved by cpvit {package_version("cpvit") or "(from source)"}: patches leave the Vision Transformer while it runs, so that later blocks see fewer.
+Saved by cpvit {made_with}: patches leave the Vision Transformer while it runs, so that later blocks see fewer.
 
 | | |
 |---|---|
