@@ -40,6 +40,8 @@ SMALLER = {
     "    ...\n": "    break\n",
     "os.sync()": "pass",
 }
+NOT_RUN = re.compile(r"<!-- not run: (.*?) -->\n```python\n(.*?)```\n", re.S)
+"""Blocks that need what is not here; the page says what."""
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -100,7 +102,7 @@ def names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_python_blocks_run(page: Path, folder: Path, names: dict[str, Any]) -> None:
     sybil = pytest.importorskip("sybil")
     markdown = pytest.importorskip("sybil.parsers.markdown")
-    text = page.read_text()
+    text = NOT_RUN.sub("", page.read_text())
     for long, short in SMALLER.items():
         text = text.replace(long, short)
     smaller = folder / page.name
@@ -111,6 +113,13 @@ def test_python_blocks_run(page: Path, folder: Path, names: dict[str, Any]) -> N
     assert len(examples) == text.count("```python")
     for example in examples:
         example.evaluate()
+
+
+@pytest.mark.parametrize("page", CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_that_do_not_run_say_why_and_are_python(page: Path) -> None:
+    for reason, block in NOT_RUN.findall(page.read_text()):
+        assert len(reason.split()) > 2
+        compile(block, page.name, "exec")
 
 
 def code_blocks(text: str) -> Iterator[tuple[str, str]]:

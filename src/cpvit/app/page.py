@@ -29,6 +29,8 @@ IN_ORDER: dict[str, Any] = {
 }
 """Answers come in the order of the questions. An event for each control: of one event for all, Gradio forgets what
 changes while it is under way."""
+TIMINGS: dict[str, Any] = {**QUIET, "concurrency_limit": 1, "concurrency_id": "timings"}
+"""Timings too: of two at once the older could end last, and what it says would stay."""
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -175,7 +177,7 @@ def _one_method(handlers: Handlers, image: gr.State) -> None:
             [image, look, method, budget, block, mode],
             [look, answers, figures, downloads, times],
             **IN_ORDER,
-        ).then(measure, look, times, **QUIET)
+        ).then(measure, look, times, **TIMINGS)
     gr.on(
         [block.change, mode.change],
         handlers.paint,
@@ -206,10 +208,12 @@ def _compare_methods(handlers: Handlers, image: gr.State, seen: gr.State, tab: g
         return handlers.compare(*values) if name == "compare" else ((), "", "")
 
     tab.select(lambda: "compare", None, seen, **QUIET).then(handlers.compare, inputs, outputs, **QUIET).then(
-        handlers.measure, looks, times, **QUIET
+        handlers.measure, looks, times, **TIMINGS
     )
     for changed in (image.change, methods.change, budget.change):
-        changed(when_seen, [seen, *inputs], outputs, **IN_ORDER).then(handlers.measure, looks, times, **QUIET)
+        changed(when_seen, [seen, *inputs], outputs, **IN_ORDER).then(
+            handlers.measure, looks, times, **TIMINGS
+        )
     gr.on(
         [block.change, mode.change],
         handlers.paint_compared,
