@@ -83,7 +83,7 @@ def test_a_missing_input_is_named_with_the_option_that_gives_it(tmp_path: Path) 
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(SystemExit, match="no table or record is called nonsense; there are .*budgets, "):
+    with pytest.raises(SystemExit, match=r"no table or record is called nonsense; there are .*budgets, "):
         main(["nonsense"])
 
 
