@@ -128,9 +128,25 @@ def test_the_fused_route_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     attend(trainable(inputs()), evidence="class")
     assert len(calls) == 2
     attend(inputs(), evidence="max")
-    attend(inputs(), evidence="class")
+    attend(inputs(batch=8), evidence="class")
     attend(trainable(inputs()), evidence="max")
     assert len(calls) == 2
+    attend(inputs(batch=1), evidence="class")
+    assert len(calls) == 3, "one image: too few matrices for the workspace to pay"
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("tokens", [7, 16])
+def test_sizes_reach_every_query_on_both_routes(batch: int, tokens: int) -> None:
+    """The workspace pads one row of a bias; a row for each query it does not."""
+    given, sizes = inputs(batch=batch, tokens=tokens), torch.rand(batch, tokens, dtype=torch.float64) + 0.5
+    whole = sizes.log()[:, None, None, :].expand(batch, 1, tokens, tokens)
+    expected = matrix(given._replace(bias=whole))
+    got = attend(given, sizes=sizes, evidence="class")
+    torch.testing.assert_close(got.out, expected @ given.value, **EXACT)
+    torch.testing.assert_close(got.evidence, expected[:, :, 0], **EXACT)
+    by_rows = attend(given._replace(bias=whole), evidence="max")
+    torch.testing.assert_close(by_rows.evidence, expected.amax(2), **EXACT)
 
 
 def trainable(given: AttentionInputs) -> AttentionInputs:

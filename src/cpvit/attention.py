@@ -36,7 +36,10 @@ ROW_BYTES = 64
 """Rows of the buffer are padded to a multiple of this: a partial vector register can double the time of a softmax."""
 
 FEW_TOKENS = 256
-"""Up to this N, and in half precision always, the workspace is faster than the fused kernel plus a class row."""
+"""Up to this N, and in half precision always, the workspace is faster than the fused kernel plus a class row ..."""
+
+FEW_MATRICES = 16
+"""... unless there are fewer images times heads than this."""
 
 
 class AttentionInputs(NamedTuple):
@@ -179,7 +182,8 @@ def _can_use_workspace(inputs: AttentionInputs) -> bool:
 
 
 def _workspace_is_faster(query: Tensor) -> bool:
-    return query.element_size() < 4 or query.shape[2] <= FEW_TOKENS
+    batch, heads, tokens, _ = query.shape
+    return batch * heads >= FEW_MATRICES and (query.element_size() < 4 or tokens <= FEW_TOKENS)
 
 
 def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: int) -> Attended:
@@ -191,7 +195,11 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
     batch, heads, tokens, head_dim = value.shape
     lanes = ROW_BYTES // query.element_size()
     width = -(-tokens // lanes) * lanes
-    bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
+    if bias is not None:
+        # One row for all queries gets the padding's: whole rows are added at a time, and what is padded is done.
+        bias = F.pad(bias, (0, width - tokens), value=-inf) if bias.shape[-2] == 1 else bias
+        bias = bias.expand(batch, heads, tokens, bias.shape[-1])
+    covered = 0 if bias is None else bias.shape[-1]
     pieces = list(_pieces(query, _budget(query)))
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
     padded = key.new_zeros(rows, width, key.shape[3])
@@ -207,8 +215,9 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
         k[:, :tokens].unflatten(0, shape).copy_(key[piece])
         torch.baddbmm(probs, q, k.transpose(1, 2), beta=0, alpha=scale, out=probs)
         if bias is not None:
-            probs[..., :tokens].unflatten(0, shape).add_(bias[piece])
-        probs[..., tokens:].fill_(-inf)
+            probs[..., :covered].unflatten(0, shape).add_(bias[piece])
+        if covered < width:
+            probs[..., tokens:].fill_(-inf)
         torch.softmax(probs, dim=-1, out=probs)
         scores[piece] = _evidence(probs.unflatten(0, shape), evidence, num_prefix)
         out[piece] = torch.bmm(probs[..., :tokens], v).unflatten(0, shape)

@@ -133,6 +133,7 @@ def test_a_folder_that_is_missing_is_named_before_anything_runs(
 
 
 def test_a_record_has_the_command_and_a_report_is_made_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
     record, page = tmp_path / "record.json", tmp_path / "page.html"
     asked = [
         "benchmark",

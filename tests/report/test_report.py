@@ -29,6 +29,9 @@ from cpvit.report.images import galleries, lost
 from cpvit.report.records import Record
 from cpvit.report.training import MOST_STEPS, thinned
 
+pytest.importorskip("vl_convert")
+pytest.importorskip("jinja2")
+
 
 def record(values: object, name: str = "a.json") -> Record:
     return read_record(json.dumps(values), name)

@@ -123,6 +123,7 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 def progress_bar() -> Progress:
     """The project's one look of a progress bar; invisible with --quiet, and where stderr is no terminal."""
     console = Console(stderr=True)
+    hidden = _OPTIONS.get().quiet or not console.is_terminal
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -130,9 +131,10 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console,
+        # Older releases of rich end a bar that is not shown with an empty line.
+        console=Console(quiet=True) if hidden else console,
         transient=True,
-        disable=_OPTIONS.get().quiet or not console.is_terminal,
+        disable=hidden,
     )
 
 

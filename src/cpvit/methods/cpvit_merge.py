@@ -93,8 +93,9 @@ def merge_cost(state: TokenState, partner: Tensor, similarity: Tensor, num_prefi
     alone = _pair_cost(size_i, score_i, size_j, score_j) * distance
     same = partner.unsqueeze(2) == partner.unsqueeze(1)
     before = same & (alone.unsqueeze(1) < alone.unsqueeze(2))
-    size_j = size_j + (before * size_i.unsqueeze(1)).sum(dim=2)
-    score_j = score_j + (before * score_i.unsqueeze(1)).sum(dim=2)
+    cheaper = before.to(size_i.dtype)
+    size_j = size_j + (cheaper * size_i.unsqueeze(1)).sum(dim=2)
+    score_j = score_j + (cheaper * score_i.unsqueeze(1)).sum(dim=2)
     return _pair_cost(size_i, score_i, size_j, score_j) * distance
 
 

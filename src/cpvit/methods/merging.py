@@ -64,16 +64,15 @@ def merge(
     destination_size = take(size, destination)
     total = destination_size + (same * source_size.unsqueeze(1)).sum(dim=2)
     step = (source_tokens - destination_tokens) * as_dtype(x, (source_size / total).unsqueeze(-1))
-    gained = source_size
     if keep_length:
         step, shortening = _rescaled(source_tokens, destination_tokens, step, same)
-        gained = (total * shortening.sqrt() - destination_size) / same.sum(dim=2)
+        total = total * shortening.sqrt()
     merged = _added(tokens, step, destinations + num_prefix)
     return merged, replaced(
         state,
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
-        size=take(size, kept) + _received(gained, destinations, kept),
+        size=take(size, kept).scatter(1, destinations, total),  # all sources of one destination say the same
         carrier=_carriers(state, sources, destinations, kept),
     )
 
@@ -87,12 +86,6 @@ def _added(tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
     flat = (rows if first is None else rows + first).flatten()
     tokens.flatten(0, 1).index_add_(0, flat, step.flatten(0, 1))
     return tokens
-
-
-def _received(gained: Tensor, destinations: Tensor, kept: Tensor) -> Tensor:
-    """What each of the k kept tokens gains by its r sources: [B r] -> [B k]."""
-    index = torch.arange(kept.shape[1], device=kept.device)
-    return ((destinations.unsqueeze(1) == index.view(1, -1, 1)) * gained.unsqueeze(1)).sum(dim=2)
 
 
 def _rescaled(
