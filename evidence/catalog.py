@@ -157,6 +157,11 @@ ALL_RECORDS += (
     Record("search-seeds-50", f"{SEEDS} --macs 0.5", 60, study="search_seeds"),
 )
 
+CHECKOUTS = "--tome ToMe --pitome PiToMe"
+ALL_RECORDS += (
+    Record("rivals-deit-tiny", f"--checkpoint {WEIGHTS} --data {IMAGES} {CHECKOUTS}", 8, study="rivals"),
+)
+
 ALL_TABLES = (
     Table("escalation", "README.md", ("escalation-deit-tiny",), tables.escalation),
     Table("int8", "README.md", ("int8-dense", "int8-60", "int8-50"), tables.int8),
@@ -171,6 +176,8 @@ ALL_TABLES = (
     Table("cheapest", "README.md", ("budgets-deit-tiny",), tables.cheapest),
     Table("all-budgets", "docs/accuracy.md", ("budgets-deit-tiny",), tables.all_budgets),
     Table("seeds", "docs/accuracy.md", ("search-seeds-60", "search-seeds-50"), comparisons.seeds),
+    Table("rivals", "docs/accuracy.md", ("rivals-deit-tiny",), comparisons.rivals),
+    Table("same-as-rivals", "docs/accuracy.md", ("rivals-deit-tiny",), comparisons.same_as_rivals),
     Table("speed-output", "README.md", ("speed-deit-small",), speed.output),
     Table("speed-short", "README.md", speed.SPEED, speed.short),
     Table("speed", "docs/speed.md", speed.SPEED, speed.whole),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean, stdev
 from typing import Any
 
+from evidence.intervals import differ, interval
 from evidence.records import Loaded
 from evidence.tables import markdown
 
@@ -49,3 +50,75 @@ def _seeds(budget: Any) -> list[str]:
 def _spread(values: list[float]) -> str:
     """Mean and standard deviation over the draws."""
     return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+
+
+def rivals(records: Loaded) -> str:
+    """Other projects' code as it is, ours with the same numbers of tokens, and ``cpvit-merge`` at the same MACs."""
+    record = records["rivals-deit-tiny"]
+    rows, theirs = [], None
+    for point in record["points"]:
+        theirs = point if point["whose"] == "theirs" else theirs
+        rows.append([*_name(point), *_figures(point), _next_to(theirs, point)])
+    rows.insert(0, ["dense", "", "100%", "", "", f"{record['dense_top1']:.2f}", ""])
+    header = [
+        "",
+        "whose code",
+        "MACs",
+        "KL",
+        "agreement (95% interval)",
+        "top-1 %",
+        "right answers, next to theirs",
+    ]
+    return f"```\n{record['made_by']['command']}\n```\n\n{markdown(header, rows)}"
+
+
+def same_as_rivals(records: Loaded) -> str:
+    """How far the logits of our versions are from theirs."""
+    record = records["rivals-deit-tiny"]
+    rows = [
+        [
+            f"{point['method']}, {point['setting']}",
+            f"{point['float64']:.0e}",
+            f"{point['difference_median']:.0e}",
+            f"{point['difference']:.0e}",
+            str(point["images_apart"]),
+        ]
+        for point in record["points"]
+        if point["whose"] == "ours"
+    ]
+    header = [
+        f"logits, ours less theirs ({record['images']} images)",
+        f"float64, largest of {record['exact_images']} images",
+        "float32, median image",
+        "float32, largest",
+        "float32, images above 1e-3",
+    ]
+    return markdown(header, rows)
+
+
+def _name(point: Any) -> list[str]:
+    if point["whose"] == "cpvit-merge":
+        return ["**`cpvit-merge`** at the same MACs", "ours"]
+    return [f"{point['method']}, {point['setting']}", point["whose"]]
+
+
+def _figures(point: Any) -> list[str]:
+    low, high = interval(point["outcomes"]["agrees"])
+    return [
+        f"{100 * point['macs_ratio']:.1f}%",
+        f"{point['kl']:.4f} ± {point['outcomes']['kl_error']:.4f}",
+        f"{point['agreement']:.3f} ({low / 100:.3f} to {high / 100:.3f})",
+        f"{point['top1']:.2f}",
+    ]
+
+
+def _next_to(theirs: Any, point: Any) -> str:
+    """More or fewer right answers than their code, by McNemar's test on the same images."""
+    if point is theirs:
+        return ""
+    right, other = point["outcomes"]["right"], theirs["outcomes"]["right"]
+    if right == other:
+        return "the same"
+    if not differ(right, other):
+        return "not apart"
+    return "fewer" if right.count("1") < other.count("1") else "more"
