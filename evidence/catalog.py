@@ -157,9 +157,10 @@ ALL_RECORDS += (
     Record("search-seeds-50", f"{SEEDS} --macs 0.5", 60, study="search_seeds"),
 )
 
-CHECKOUTS = "--tome ToMe --pitome PiToMe"
+SAME = f"--checkpoint {WEIGHTS} --data {IMAGES}"
 ALL_RECORDS += (
-    Record("rivals-deit-tiny", f"--checkpoint {WEIGHTS} --data {IMAGES} {CHECKOUTS}", 8, study="rivals"),
+    Record("rivals-deit-tiny", f"{SAME} --tome ToMe --pitome PiToMe", 10, study="rivals"),
+    Record("rivals-diffrate-deit-tiny", f"{SAME} --diffrate DiffRate", 3, study="rivals"),
 )
 
 ALL_TABLES = (
@@ -176,7 +177,9 @@ ALL_TABLES = (
     Table("cheapest", "README.md", ("budgets-deit-tiny",), tables.cheapest),
     Table("all-budgets", "docs/accuracy.md", ("budgets-deit-tiny",), tables.all_budgets),
     Table("seeds", "docs/accuracy.md", ("search-seeds-60", "search-seeds-50"), comparisons.seeds),
-    Table("rivals", "docs/accuracy.md", ("rivals-deit-tiny",), comparisons.rivals),
+    Table(
+        "rivals", "docs/accuracy.md", ("rivals-deit-tiny", "rivals-diffrate-deit-tiny"), comparisons.rivals
+    ),
     Table("same-as-rivals", "docs/accuracy.md", ("rivals-deit-tiny",), comparisons.same_as_rivals),
     Table("speed-output", "README.md", ("speed-deit-small",), speed.output),
     Table("speed-short", "README.md", speed.SPEED, speed.short),

@@ -54,12 +54,11 @@ def _spread(values: list[float]) -> str:
 
 def rivals(records: Loaded) -> str:
     """Other projects' code as it is, ours with the same numbers of tokens, and ``cpvit-merge`` at the same MACs."""
-    record = records["rivals-deit-tiny"]
-    rows, theirs = [], None
-    for point in record["points"]:
+    found = [records["rivals-deit-tiny"], records["rivals-diffrate-deit-tiny"]]
+    rows, theirs = [["dense", "", "100%", "", "", f"{found[0]['dense_top1']:.2f}", ""]], None
+    for point in (point for record in found for point in record["points"]):
         theirs = point if point["whose"] == "theirs" else theirs
         rows.append([*_name(point), *_figures(point), _next_to(theirs, point)])
-    rows.insert(0, ["dense", "", "100%", "", "", f"{record['dense_top1']:.2f}", ""])
     header = [
         "",
         "whose code",
@@ -69,7 +68,8 @@ def rivals(records: Loaded) -> str:
         "top-1 %",
         "right answers, next to theirs",
     ]
-    return f"```\n{record['made_by']['command']}\n```\n\n{markdown(header, rows)}"
+    commands = "\n".join(record["made_by"]["command"] for record in found)
+    return f"```\n{commands}\n```\n\n{markdown(header, rows)}"
 
 
 def same_as_rivals(records: Loaded) -> str:

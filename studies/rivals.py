@@ -2,13 +2,14 @@
 
     git clone https://github.com/facebookresearch/ToMe
     git clone https://github.com/hchautran/PiToMe
+    git clone https://github.com/OpenGVLab/DiffRate
     python studies/rivals.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenet-val-650.tar \\
-        --tome ToMe --pitome PiToMe
+        --tome ToMe --pitome PiToMe --diffrate DiffRate
 
-ToMe is run by its own patch of timm, PiToMe and ToFu by those of PiToMe's repository, all with the settings that they
-publish. Nothing of theirs is copied or changed; what their code expects of an older timm is put back from outside
-(:class:`OldTimm`, :func:`module_of`). Each is followed by this library's version with the same number of tokens after
-each block, and by ``cpvit-merge`` at the same MACs.
+ToMe and DiffRate are run by their own patches of timm, PiToMe and ToFu by those of PiToMe's repository, all with the
+settings that they publish. Nothing of theirs is copied or changed; what their code expects of an older timm is put back
+from outside (:class:`OldTimm`, :func:`module_of`). Each is followed by this library's version with the same number of
+tokens after each block, and by ``cpvit-merge`` at the same MACs.
 """
 
 from __future__ import annotations
@@ -53,18 +54,36 @@ class Rival:
     module: str
     """Has ``apply_patch``."""
     dial: str
-    """Attribute of the patched model that says how much is merged."""
+    """Attribute of the patched model that says how much is merged; GFLOPs for the rates that DiffRate ships."""
     settings: tuple[float, ...]
     """Published by the project."""
-    ours: str
-    """This library's name for the method; "" where it has none."""
+    counts_as: str
+    """This library's method by which its MACs are counted."""
+    off: float
+    """Setting that changes nothing; what the model then says must be what the dense model says."""
+    ours: bool = True
+    """Whether that is the same method."""
 
 
 RIVALS = (
-    Rival("ToMe", "tome", "tome.patch.timm", "r", (8, 13, 16), "tome"),
-    Rival("PiToMe", "pitome", "algo.pitome.patch.deit", "ratio", (0.95, 0.925, 0.9), "pitome"),
-    Rival("ToFu (PiToMe's)", "pitome", "algo.tofu.patch.deit", "ratio", (0.95, 0.925, 0.9), ""),
+    Rival("ToMe", "tome", "tome.patch.timm", "r", (8, 13, 16), "tome", 0),
+    Rival("PiToMe", "pitome", "algo.pitome.patch.deit", "ratio", (0.95, 0.925, 0.9), "pitome", 1),
+    Rival(
+        "ToFu (PiToMe's)",
+        "pitome",
+        "algo.tofu.patch.deit",
+        "ratio",
+        (0.95, 0.925, 0.9),
+        "tome",
+        1,
+        ours=False,
+    ),
+    Rival(
+        "DiffRate", "diffrate", "DiffRate.patch.deit", "GFLOPs", (0.9, 0.8, 0.7, 0.6), "topk", 0, ours=False
+    ),
 )
+RATES = "compression_rate.json"
+MODELS_OF_RATES = {"deit_tiny_patch16_224": "ViT-T-DeiT", "deit_small_patch16_224": "ViT-S-DeiT"}
 BATCH = 50
 
 
@@ -77,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True)
     parser.add_argument("--tome", type=Path, help="a checkout of facebookresearch/ToMe")
     parser.add_argument("--pitome", type=Path, help="a checkout of hchautran/PiToMe")
+    parser.add_argument("--diffrate", type=Path, help="a checkout of OpenGVLab/DiffRate")
     parser.add_argument("--exact", type=int, default=1000, help="images that are compared in float64 too")
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     return parser
@@ -89,6 +109,8 @@ def main() -> None:
         raise SystemExit("name a folder of another project's code: --tome FOLDER, --pitome FOLDER")
     patches = [(rival, patch_of(rival, getattr(arguments, rival.option))) for rival in asked]
     comparison = Comparison(arguments)
+    for rival, patch in patches:
+        comparison.check_off(rival, patch)
     rows = [
         row
         for rival, patch in patches
@@ -120,15 +142,14 @@ class Comparison:
         """Theirs; ours with as many tokens after each block; ``cpvit-merge`` at the same MACs."""
 
         def theirs_of(model: nn.Module) -> nn.Module:
-            patched = patch(model)
-            setattr(patched, rival.dial, int(setting) if rival.dial == "r" else setting)
-            return patched
+            return self.set(rival, setting, patch(model))
 
         theirs = theirs_of(copy.deepcopy(self.model))
         with counted(theirs) as tokens:
             found = logits_of(theirs, self.images)
         counts = tuple(count - 1 for count in tokens)
-        ours, ratio = self.pruned(PruneConfig(method=rival.ours or "tome", keep_per_block=counts))
+        same = PruneConfig(method=rival.counts_as, keep_per_block=counts)
+        ours, ratio = self.pruned(same)
         shared = {
             "method": rival.title,
             "setting": f"{rival.dial} = {setting:g}",
@@ -138,10 +159,44 @@ class Comparison:
         if rival.ours:
             own = logits_of(ours, self.images)
             between = differences(found, own)
-            exact = self.exact(theirs_of, PruneConfig(method=rival.ours, keep_per_block=counts))
+            exact = self.exact(theirs_of, same)
             yield self.row({**shared, "whose": "ours", "macs_ratio": ratio, **between, **exact}, own)
         best, ratio = self.pruned(PruneConfig(method="cpvit-merge", macs=round(ratio, 4)))
         yield self.row({**shared, "whose": "cpvit-merge", "macs_ratio": ratio}, logits_of(best, self.images))
+
+    def check_off(self, rival: Rival, patch: Callable[[nn.Module], nn.Module]) -> None:
+        """Their code with nothing to merge against the dense model: what was put back from outside must fit.
+
+        Raises:
+            SystemExit: It does not say what the dense model says.
+        """
+        images = self.images[:8]
+        model = self.set(rival, rival.off, patch(copy.deepcopy(self.model)))
+        difference = (logits_of(model, images) - logits_of(self.model, images)).abs().max().item()
+        print(
+            f"{rival.title} with nothing merged: logits within {difference:.1g} of the dense model's",
+            flush=True,
+        )
+        if difference > 1e-3:
+            raise SystemExit(
+                f"{rival.title} with nothing merged is {difference:.2g} off the dense model's logits"
+            )
+
+    def set(self, rival: Rival, setting: float, patched: Any) -> nn.Module:
+        """As their own scripts set it."""
+        if rival.option == "diffrate":
+            patched.set_kept_num(*self.rates(setting, len(patched.blocks)))
+        else:
+            setattr(patched, rival.dial, int(setting) if rival.dial == "r" else setting)
+        return patched
+
+    def rates(self, gflops: float, depth: int) -> tuple[list[int], list[int]]:
+        """Tokens that DiffRate prunes and merges down to in each block, as its repository ships them; 0 for all."""
+        if not gflops:
+            return [10**6] * depth, [10**6] * depth
+        shipped = json.loads((self.arguments.diffrate / RATES).read_text())
+        found = shipped[MODELS_OF_RATES[self.arguments.model]][str(gflops)]
+        return json.loads(found["prune_kept_num"]), json.loads(found["merge_kept_num"])
 
     def pruned(self, config: PruneConfig) -> tuple[nn.Module, float]:
         model = copy.deepcopy(self.model)
@@ -254,9 +309,11 @@ def patch_of(rival: Rival, folder: Path) -> Callable[[nn.Module], nn.Module]:
         )
     module = module_of(folder, rival.module)
 
-    def patch(model: nn.Module) -> nn.Module:
+    def patch(model: Any) -> nn.Module:
         if rival.option == "pitome":
             model.__class__ = OldTimm
+        for block in model.blocks:
+            block.drop_path = nn.Identity()  # one for both branches, as it was
         with contextlib.redirect_stdout(io.StringIO()):
             module.apply_patch(model)
         return model
@@ -284,7 +341,8 @@ def code_of(arguments: argparse.Namespace, rivals: Sequence[Rival]) -> dict[str,
     for rival in rivals:
         folder = getattr(arguments, rival.option)
         package = folder.joinpath(*rival.module.split(".")[:-2])
-        for file in (package / "merge.py", package / "patch" / "timm.py", code_file(rival, folder)):
+        files = (package / "merge.py", package / "patch" / "timm.py", code_file(rival, folder))
+        for file in dict.fromkeys(file for file in files if file.is_file()):
             name = f"{rival.option}/{file.relative_to(folder)}"
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
