@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         for page in dict.fromkeys(table.page for table in ALL_TABLES):
             path = ROOT / page
             path.write_text(pages.written(path.read_text(), texts()))
+        for name in sorted(not_there()):
+            print(f"{name} was not made: {NOT_MADE.get(name, 'its tables keep the text they hold')}")
     if asked.check:
         return report([found for check in CHECKS for found in differences(check, asked.inputs)])
     return 0
@@ -62,10 +64,15 @@ def records_of(names: list[str]) -> list[str]:
 
 
 def texts() -> dict[str, str | None]:
-    """Every table, from its records; None for one that waits for a record of :data:`NOT_MADE`."""
-    waiting = {record.name for record in ALL_RECORDS if record.name in NOT_MADE and not record.path.exists()}
-    loaded = {record.name: load(record.path) for record in ALL_RECORDS if record.name not in waiting}
-    return {table.name: None if waiting & set(table.records) else table.text(loaded) for table in ALL_TABLES}
+    """Every table, from its records; None for one that waits for a record."""
+    missing = not_there()
+    loaded = {record.name: load(record.path) for record in ALL_RECORDS if record.name not in missing}
+    return {table.name: None if missing & set(table.records) else table.text(loaded) for table in ALL_TABLES}
+
+
+def not_there() -> set[str]:
+    """Records without a file."""
+    return {record.name for record in ALL_RECORDS if not record.path.is_file()}
 
 
 def listing() -> str:

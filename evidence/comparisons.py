@@ -5,9 +5,18 @@ from __future__ import annotations
 from statistics import fmean, stdev
 from typing import Any
 
-from evidence.intervals import differ, interval
+from evidence.intervals import differ, interval, lost_error
 from evidence.records import Loaded
 from evidence.tables import markdown
+
+CLAIMED = 0.6
+METHODS = {
+    "cpvit-merge": "`cpvit-merge`",
+    "cpvit": "`cpvit`, the paper's method",
+    "tome": "ToMe, as published",
+}
+ONE_SIDED = 1.645
+"""Standard errors on one side of which 95% lie."""
 
 
 def seeds(records: Loaded) -> str:
@@ -122,3 +131,57 @@ def _next_to(theirs: Any, point: Any) -> str:
     if not differ(right, other):
         return "not apart"
     return "fewer" if right.count("1") < other.count("1") else "more"
+
+
+def cifar10(records: Loaded) -> str:
+    """Three methods on CIFAR-10, without training on their plans."""
+    sweep = records["cifar10-deit-tiny"]
+    rows = [["dense", "100%", f"{sweep['dense_top1']:.2f}", "", "", "", ""]]
+    for point in sweep["points"]:
+        (ours,) = [p for p in sweep["points"] if (p["method"], p["macs"]) == ("cpvit-merge", point["macs"])]
+        low, high = interval(point["outcomes"]["agrees"])
+        rows.append(
+            [
+                METHODS[point["method"]],
+                f"{100 * point['macs_ratio']:.1f}%",
+                f"{point['top1']:.2f}",
+                _lost(sweep, point),
+                f"{point['agreement']:.3f} ({low / 100:.3f} to {high / 100:.3f})",
+                f"{point['kl']:.4f} ± {point['outcomes']['kl_error']:.4f}",
+                _next_to(ours, point),
+            ]
+        )
+    header = ["", "MACs", "top-1 %", "points lost", "agreement (95% interval)", "KL"]
+    table = markdown([*header, "right answers, next to `cpvit-merge`"], rows)
+    return f"```\n{sweep['made_by']['command']}\n```\n\n{sweep['images']} images:\n\n{table}"
+
+
+def claim(records: Loaded) -> str:
+    """Half of the patches gone, over 40% of the FLOPs saved, at most a point lost: row by row, without finetuning."""
+    sweep = records["cifar10-deit-tiny"]
+    rows = [
+        [
+            METHODS[point["method"]],
+            f"{100 * (1 - point['plan']['patches_per_block'][-2] / point['plan']['num_patches']):.0f}%",
+            f"{100 * (1 - point['macs_ratio']):.1f}%",
+            _lost(sweep, point),
+            _reached(sweep, point),
+        ]
+        for point in sweep["points"]
+        if point["method"] in ("cpvit", "cpvit-merge") and point["macs"] <= CLAIMED
+    ]
+    images = f"without finetuning, {sweep['images']} CIFAR-10 test images"
+    return markdown([images, "patches gone (last block)", "MACs saved", "points lost", "reached"], rows)
+
+
+def _lost(sweep: Any, point: Any) -> str:
+    error = lost_error(sweep["dense_right"], point["outcomes"]["right"])
+    return f"{point['top1_lost']:.2f} ± {error:.2f}"
+
+
+def _reached(sweep: Any, point: Any) -> str:
+    """Whether at most a point is lost, where the images decide it at 5%."""
+    margin = ONE_SIDED * lost_error(sweep["dense_right"], point["outcomes"]["right"])
+    if point["top1_lost"] + margin <= 1:
+        return "yes"
+    return "**no**" if point["top1_lost"] - margin > 1 else "not decided by these images"

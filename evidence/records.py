@@ -58,7 +58,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for word in dict.fromkeys(word for call in (*before, command) for word in call):
-            _link(word, place, inputs, needed=not (before and "/" in word))
+            if word in command or Path(word).suffix in INPUTS:  # a call before may make a folder of that name
+                _link(word, place, inputs, needed=not (before and "/" in word))
         for call in before:
             _call([*CPVIT, *call], place)
         program = [str(STUDIES / f"{study}.py")] if study else CPVIT

@@ -159,3 +159,74 @@ def test_draws_of_the_search_are_counted_and_averaged() -> None:
     text = comparisons.seeds({"search-seeds-60": made, "search-seeds-50": {**made, "budgets": []}})
     row = "| 60% | 3 | 0.0500 ± 0.0000 | 0.0500 ± 0.0100 | 0.0000 ± 0.0100 | 1, 1, 1 | +0.00 ± 1.00 points |"
     assert text.splitlines()[-1] == row
+
+
+def point(method: str, macs: float, right: str, agrees: str, **values: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "macs": macs,
+        "macs_ratio": macs - 0.001,
+        "top1": 100 * right.count("1") / len(right),
+        "agreement": agrees.count("1") / len(agrees),
+        "kl": 0.05,
+        "outcomes": {"right": right, "agrees": agrees, "kl_error": 0.002},
+        **values,
+    }
+
+
+def test_their_code_ours_and_the_best_stand_together() -> None:
+    theirs, more = "1" * 80 + "0" * 20, "1" * 95 + "0" * 5
+    shared = {"setting": "r = 8"}
+    points = [
+        point("ToMe", 0.6, theirs, "1" * 100, whose="theirs", **shared),
+        point("ToMe", 0.6, theirs, "1" * 100, whose="ours", **shared, **NEAR),
+        point("ToMe", 0.6, more, "1" * 100, whose="cpvit-merge", **shared),
+    ]
+    made = {
+        "images": 100,
+        "exact_images": 50,
+        "dense_top1": 96.0,
+        "points": points,
+        "made_by": {"command": "c"},
+    }
+    records = {"rivals-deit-tiny": made, "rivals-diffrate-deit-tiny": {**made, "points": []}}
+    rows = comparisons.rivals(records).splitlines()[-4:]
+    assert [line.split(" | ")[1] for line in rows] == ["", "theirs", "ours", "ours"]
+    assert rows[2].endswith("| 80.00 | the same |")
+    assert rows[3].endswith("| 95.00 | more |")
+    assert comparisons.same_as_rivals(records).endswith("| ToMe, r = 8 | 1e-14 | 7e-06 | 2e-02 | 1 |")
+
+
+NEAR = {"float64": 1.1e-14, "difference_median": 7.1e-6, "difference": 0.021, "images_apart": 1}
+
+
+def swept() -> dict[str, Any]:
+    """Of 2000 images: `cpvit` loses 5 points, `cpvit-merge` none."""
+    dense, worse = "1" * 1800 + "0" * 200, "1" * 1700 + "0" * 300
+    plan = {"num_patches": 196, "patches_per_block": [196, 98, 49, 1]}
+    points = [
+        point(name, 0.6, right, right, plan=plan, top1_lost=(1800 - right.count("1")) / 20)
+        for name, right in (("cpvit-merge", dense), ("tome", worse), ("cpvit", worse))
+    ]
+    made = {"images": 2000, "dense_top1": 90.0, "dense_right": dense, "points": points}
+    return {"cifar10-deit-tiny": {**made, "made_by": {"command": "cpvit sweep"}}}
+
+
+def test_the_claim_is_judged_by_what_the_images_can_tell() -> None:
+    lines = comparisons.claim(swept()).splitlines()
+    assert lines[2] == "| `cpvit-merge` | 75% | 40.1% | 0.00 ± 0.00 | yes |"
+    assert lines[3] == "| `cpvit`, the paper's method | 75% | 40.1% | 5.00 ± 0.49 | **no** |"
+    assert len(lines) == 4
+
+
+def test_a_loss_near_a_point_is_not_decided_by_few_images() -> None:
+    made = swept()
+    sweep = made["cifar10-deit-tiny"]
+    sweep["points"][0]["outcomes"]["right"] = "1" * 1784 + "0" * 216
+    sweep["points"][0]["top1_lost"] = 0.8
+    assert comparisons.claim(made).splitlines()[2].endswith("| 0.80 ± 0.20 | not decided by these images |")
+
+
+def test_methods_on_another_data_set_are_compared_in_pairs() -> None:
+    lines = comparisons.cifar10(swept()).splitlines()
+    assert lines[-1].endswith("| 5.00 ± 0.49 | 0.850 (0.834 to 0.865) | 0.0500 ± 0.0020 | fewer |")
