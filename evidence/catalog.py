@@ -196,6 +196,8 @@ ALL_TABLES = (
     Table("budgets", "README.md", ("budgets-deit-tiny",), tables.budgets),
     Table("cheapest", "README.md", ("budgets-deit-tiny",), tables.cheapest),
     Table("all-budgets", "docs/accuracy.md", ("budgets-deit-tiny",), tables.all_budgets),
+    Table("cifar10", "docs/accuracy.md", ("cifar10-deit-tiny",), comparisons.cifar10),
+    Table("claim", "docs/finetune.md", ("cifar10-deit-tiny",), comparisons.claim),
     Table("seeds", "docs/accuracy.md", ("search-seeds-60", "search-seeds-50"), comparisons.seeds),
     Table(
         "rivals", "docs/accuracy.md", ("rivals-deit-tiny", "rivals-diffrate-deit-tiny"), comparisons.rivals

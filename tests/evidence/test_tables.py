@@ -191,7 +191,7 @@ def test_their_code_ours_and_the_best_stand_together() -> None:
     }
     records = {"rivals-deit-tiny": made, "rivals-diffrate-deit-tiny": {**made, "points": []}}
     rows = comparisons.rivals(records).splitlines()[-4:]
-    assert [line.split(" | ")[1] for line in rows] == ["", "theirs", "ours", "ours"]
+    assert [line.split(" | ")[1] for line in rows[1:]] == ["theirs", "ours", "ours"]
     assert rows[2].endswith("| 80.00 | the same |")
     assert rows[3].endswith("| 95.00 | more |")
     assert comparisons.same_as_rivals(records).endswith("| ToMe, r = 8 | 1e-14 | 7e-06 | 2e-02 | 1 |")
