@@ -243,5 +243,6 @@ TYPED: dict[str, tuple[tuple[str, str], ...]] = {
         ("| | MACs | top-1 % | top-5 % | agreement | KL | options |", "by a script that writes no record"),
     ),
     "docs/export.md": (("| `--to` | file | runs in | needs |", NO_MEASUREMENT),),
+    "docs/finetune.md": (("| | |", NO_MEASUREMENT),),
 }
 """Tables with numbers that no record stands behind, by page: first line, and why."""
