@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import pages
-from evidence.catalog import ALL_RECORDS, ALL_TABLES, CHECKS, ROOT, Check
+from evidence.catalog import ALL_RECORDS, ALL_TABLES, CHECKS, NOT_MADE, ROOT, Check
 from evidence.records import load, run
 
 TOLERANCES = {"top1": 0.5, "agreement": 0.005, "kl": 0.0005}
@@ -35,12 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name in records_of(asked.names):
         record = next(record for record in ALL_RECORDS if record.name == name)
         before = [call.split() for call in record.before]
-        record.path.write_text(run(record.arguments, before, asked.inputs))
+        record.path.write_text(run(record.arguments, before, asked.inputs, record.study))
         print(f"record: {record.path.relative_to(ROOT)}")
     if asked.write or asked.names:
         for page in dict.fromkeys(table.page for table in ALL_TABLES):
             path = ROOT / page
             path.write_text(pages.written(path.read_text(), texts()))
+        for name in sorted(not_there()):
+            print(f"{name} was not made: {NOT_MADE.get(name, 'its tables keep the text they hold')}")
     if asked.check:
         return report([found for check in CHECKS for found in differences(check, asked.inputs)])
     return 0
@@ -61,10 +63,16 @@ def records_of(names: list[str]) -> list[str]:
     return list(dict.fromkeys(record for name in names for record in known[name]))
 
 
-def texts() -> dict[str, str]:
-    """Every table, from its records."""
-    loaded = {record.name: load(record.path) for record in ALL_RECORDS}
-    return {table.name: table.text(loaded) for table in ALL_TABLES}
+def texts() -> dict[str, str | None]:
+    """Every table, from its records; None for one that waits for a record."""
+    missing = not_there()
+    loaded = {record.name: load(record.path) for record in ALL_RECORDS if record.name not in missing}
+    return {table.name: None if missing & set(table.records) else table.text(loaded) for table in ALL_TABLES}
+
+
+def not_there() -> set[str]:
+    """Records without a file."""
+    return {record.name for record in ALL_RECORDS if not record.path.is_file()}
 
 
 def listing() -> str:
@@ -73,10 +81,10 @@ def listing() -> str:
         lines.append(f"{table.name} ({table.page})")
         for record in ALL_RECORDS:
             if record.name in table.records:
-                calls = [*record.before, record.command]
                 lines += [
                     f"  {record.name}, about {record.minutes:g} min",
-                    *(f"    cpvit {c}" for c in calls),
+                    *(f"    cpvit {call}" for call in record.before),
+                    f"    {record.typed}",
                 ]
     return "\n".join(lines)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evidence import tables
-from evidence.records import Loaded
+from evidence import comparisons, speed, tables
+from evidence.records import Loaded, typed
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "records"
@@ -25,11 +25,13 @@ class Record:
 
     name: str
     command: str
-    """What ``cpvit`` is called with; ``--json`` is added. Files are named without their folder."""
+    """What ``cpvit`` (or the study) is called with; ``--json`` is added. Files are named without their folder."""
     minutes: float
-    """On two cores of a Zen 3."""
+    """On two idle cores."""
     before: tuple[str, ...] = ()
-    """Calls of ``cpvit`` that make files which the command needs."""
+    """Calls of ``cpvit`` that make files which the command needs, unless they lie in a folder of ``--inputs``."""
+    study: str = ""
+    """File of ``studies/`` that makes it, in the place of ``cpvit``."""
 
     @property
     def path(self) -> Path:
@@ -38,6 +40,11 @@ class Record:
     @property
     def arguments(self) -> list[str]:
         return shlex.split(self.command)
+
+    @property
+    def typed(self) -> str:
+        """The command as one types it."""
+        return typed(self.arguments, self.study)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,82 @@ ALL_RECORDS += (
     Record("int8-50", EXPORTED, 3, (f"{EXPORT} --method cpvit-merge --macs 0.5",)),
 )
 
+TIMED = "benchmark --macs 0.6 --model"
+BOTH = "--dtypes float32,bfloat16"
+ALL_RECORDS += (
+    Record(
+        "speed-deit-small",
+        f"{TIMED} deit_small_patch16_224 --methods cpvit,cpvit-merge,tome --batch-sizes 1,32 {BOTH} --seconds 35",
+        5,
+    ),
+    Record(
+        "speed-deit-tiny",
+        f"{TIMED} deit_tiny_patch16_224 --methods cpvit,cpvit-merge,tome --batch-sizes 1,32 {BOTH} --seconds 15",
+        3,
+    ),
+    Record(
+        "speed-vit-base",
+        f"{TIMED} vit_base_patch16_224 --methods cpvit,cpvit-merge --batch-sizes 8 {BOTH} --seconds 30",
+        3,
+    ),
+    Record(
+        "speed-vit-base-384",
+        f"{TIMED} vit_base_patch16_384 --methods cpvit,cpvit-merge --batch-sizes 4 {BOTH} --seconds 40",
+        4,
+    ),
+    Record(
+        "speed-schedules",
+        f"{TIMED} deit_small_patch16_224 --methods cpvit,cpvit:linear-ramp,cpvit-merge,cpvit-merge:constant "
+        "--batch-size 32 --dtypes float32 --align none --seconds 60",
+        2,
+    ),
+    Record(
+        "speed-runtimes",
+        f"{TIMED} deit_small_patch16_224 --methods cpvit,cpvit-merge,tome --batch-size 8 "
+        "--runtimes torch,onnxruntime,openvino --seconds 60",
+        4,
+    ),
+    Record(
+        "speed-int8",
+        f"{TIMED} deit_tiny_patch16_224 --methods cpvit-merge --batch-size 16 --runtimes onnxruntime,openvino "
+        "--dtypes float32,int8 --seconds 40",
+        4,
+    ),
+    Record("profile-deit-small", "--model deit_small_patch16_224 --macs 0.6", 0.5, study="profile_forward"),
+)
+
+SEEDS = f"--checkpoint {WEIGHTS} --data {IMAGES} --draws 10 --trials 40"
+ALL_RECORDS += (
+    Record("search-seeds-60", f"{SEEDS} --macs 0.6", 60, study="search_seeds"),
+    Record("search-seeds-50", f"{SEEDS} --macs 0.5", 60, study="search_seeds"),
+)
+
+SAME = f"--checkpoint {WEIGHTS} --data {IMAGES}"
+ALL_RECORDS += (
+    Record("rivals-deit-tiny", f"{SAME} --tome ToMe --pitome PiToMe", 10, study="rivals"),
+    Record("rivals-diffrate-deit-tiny", f"{SAME} --diffrate DiffRate", 3, study="rivals"),
+)
+
+CIFAR = "--model deit_tiny_patch16_224 --data cifar10-jpeg.tar.gz"
+TRAINED = (
+    f"finetune {CIFAR} --dense --batch-size 64 --layer-decay 0.75 --crop-scale 0.6 1.0 --dtype bfloat16 "
+    "--eval-limit 1000 --checkpoint-every 40"
+)
+ON_CIFAR = f"{CIFAR} --num-classes 10 --checkpoint cifar10/best/model.safetensors --limit 2000"
+ALL_RECORDS += (
+    Record(
+        "cifar10-deit-tiny",
+        f"sweep {ON_CIFAR} --methods cpvit-merge,tome,cpvit --macs 0.7,0.6,0.5",
+        30,
+        (
+            f"{TRAINED} --checkpoint {WEIGHTS} --num-steps 240 --learning-rate 5e-4 --freeze-blocks 6 "
+            "--output-dir dense",
+            f"{TRAINED} --checkpoint dense/best/model.safetensors --num-steps 200 --learning-rate 3e-4 --seed 1 "
+            "--output-dir cifar10",
+        ),
+    ),
+)
+
 ALL_TABLES = (
     Table("escalation", "README.md", ("escalation-deit-tiny",), tables.escalation),
     Table("int8", "README.md", ("int8-dense", "int8-60", "int8-50"), tables.int8),
@@ -113,6 +196,20 @@ ALL_TABLES = (
     Table("budgets", "README.md", ("budgets-deit-tiny",), tables.budgets),
     Table("cheapest", "README.md", ("budgets-deit-tiny",), tables.cheapest),
     Table("all-budgets", "docs/accuracy.md", ("budgets-deit-tiny",), tables.all_budgets),
+    Table("cifar10", "docs/accuracy.md", ("cifar10-deit-tiny",), comparisons.cifar10),
+    Table("claim", "docs/finetune.md", ("cifar10-deit-tiny",), comparisons.claim),
+    Table("seeds", "docs/accuracy.md", ("search-seeds-60", "search-seeds-50"), comparisons.seeds),
+    Table(
+        "rivals", "docs/accuracy.md", ("rivals-deit-tiny", "rivals-diffrate-deit-tiny"), comparisons.rivals
+    ),
+    Table("same-as-rivals", "docs/accuracy.md", ("rivals-deit-tiny",), comparisons.same_as_rivals),
+    Table("speed-output", "README.md", ("speed-deit-small",), speed.output),
+    Table("speed-short", "README.md", speed.SPEED, speed.short),
+    Table("speed", "docs/speed.md", speed.SPEED, speed.whole),
+    Table("speed-schedules", "docs/speed.md", ("speed-schedules",), speed.schedules),
+    Table("profile", "docs/speed.md", ("profile-deit-small",), speed.profile),
+    Table("speed-runtimes", "docs/export.md", ("speed-runtimes",), speed.runtimes),
+    Table("speed-int8", "docs/export.md", ("speed-int8",), speed.int8),
 )
 
 CHECKS = (
@@ -124,38 +221,28 @@ CHECKS = (
     ),
 )
 
+NOT_TIMED = "timed on a quiet machine; until then the page keeps what an earlier version measured"
+NOT_SEARCHED = "takes hours; the page says nothing of it until then"
+NOT_MADE = {
+    **dict.fromkeys((*speed.SPEED, "speed-schedules", "speed-runtimes", "speed-int8"), NOT_TIMED),
+    "profile-deit-small": NOT_TIMED,
+    **dict.fromkeys(("rivals-deit-tiny", "rivals-diffrate-deit-tiny", "cifar10-deit-tiny"), "being made"),
+    **dict.fromkeys(("search-seeds-60", "search-seeds-50"), NOT_SEARCHED),
+}
+"""Records that were not made yet, and why: the places of their tables keep the text they hold. A record that is made is
+taken off this list."""
+
 NOT_YET = "measured before records were kept; its command stands beside it"
 NO_MEASUREMENT = "describes, measures nothing"
 TYPED: dict[str, tuple[tuple[str, str], ...]] = {
     "README.md": (
-        ("| speed-up, efficiency at 60% of the MACs | float32 | bfloat16 |", NOT_YET),
         ("| | 100% of the MACs | 60% | 50% |", NOT_YET),
         ("| command | what it does |", NO_MEASUREMENT),
     ),
     "docs/accuracy.md": (
         ("| | MACs | top-1 % | top-5 % | agreement | KL | options |", "by a script that writes no record"),
     ),
-    "docs/export.md": (
-        ("| `--to` | file | runs in | needs |", NO_MEASUREMENT),
-        (
-            "| float32, speed-up over dense in the same runtime (10th to 90th percentile), efficiency | `cpvit` | "
-            "`cpvit-merge` | ToMe |",
-            NOT_YET,
-        ),
-        (
-            "| DeiT-Tiny, batch 16, over dense float32 torch | float32: dense, `cpvit-merge` | int8: dense, "
-            "`cpvit-merge` |",
-            NOT_YET,
-        ),
-    ),
-    "docs/speed.md": (
-        (
-            "| model | batch | method | float32: speed-up, efficiency | bfloat16 | peak MiB, dense and pruned "
-            "(float32; bfloat16) |",
-            NOT_YET,
-        ),
-        ("| | dense | `cpvit` at 60% of the MACs | ratio |", NOT_YET),
-        ("| | version 0.1: ramp, constant | curves |", NOT_YET),
-    ),
+    "docs/export.md": (("| `--to` | file | runs in | needs |", NO_MEASUREMENT),),
+    "docs/finetune.md": (("| | |", NO_MEASUREMENT),),
 }
 """Tables with numbers that no record stands behind, by page: first line, and why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 MARKED = re.compile(r"<!-- evidence: (?P<name>[\w-]+) -->\n.*?<!-- /evidence -->", re.DOTALL)
 NUMBERS = re.compile(r"\d")
@@ -13,13 +14,18 @@ def names(page: str) -> list[str]:
     return [found["name"] for found in MARKED.finditer(page)]
 
 
-def written(page: str, texts: dict[str, str]) -> str:
-    """The page with each of its places filled.
+def written(page: str, texts: Mapping[str, str | None]) -> str:
+    """The page with each of its places filled; a place whose text is None keeps what it holds.
 
     Raises:
         KeyError: A place names a table that is not in the catalog.
     """
-    return MARKED.sub(lambda found: f"{_opening(found['name'])}\n{texts[found['name']]}\n{CLOSING}", page)
+
+    def filled(found: re.Match[str]) -> str:
+        text = texts[found["name"]]
+        return found[0] if text is None else f"{_opening(found['name'])}\n{text}\n{CLOSING}"
+
+    return MARKED.sub(filled, page)
 
 
 def typed_tables(page: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from cpvit.commands.tables import eval_text
 from cpvit.measure.evaluate import EvalResult
 from cpvit.plans.plan import plan_from_values
-from evidence.intervals import differ, interval, lost_error
+from evidence.intervals import differ, interval, lost_error, share
 from evidence.records import Loaded
 
 OURS = "cpvit-merge"
@@ -55,7 +55,7 @@ def methods(records: Loaded) -> str:
         "cpvit:linear-ramp": "... with the released ramp",
     }
     for point in sweep["points"]:
-        rows.append([named[point["method"]], *_figures(point), added[point["method"]]])
+        rows.append([named[point["method"]], *_figures(point, sweep["dense_right"]), added[point["method"]]])
     images = "--calibration imagenet-val-650.tar"
     for name, title, how in (
         ("layer-aware-deit-tiny", "... layer-aware", f"`--method cpvit {images}`"),
@@ -65,8 +65,16 @@ def methods(records: Loaded) -> str:
             f"`--method cpvit --head-keep-rate 0.8 {images}`",
         ),
     ):
-        rows.append([title, *_figures(_point(records[name])), how])
-    header = ["", "MACs", "top-1 %", "top-5 %", "agreement", "KL", "instead of `--method cpvit-merge`"]
+        rows.append([title, *_figures(_point(records[name]), records[name]["dense_right"]), how])
+    header = [
+        "",
+        "MACs",
+        "top-1 % (next to dense)",
+        "top-5 %",
+        "agreement",
+        "KL",
+        "instead of `--method cpvit-merge`",
+    ]
     return markdown(header, rows)
 
 
@@ -75,15 +83,20 @@ def _point(record: Any) -> Any:
     return {**record, "top1": record["pruned"]["top1"], "top5": record["pruned"]["top5"]}
 
 
-def _figures(point: Any) -> list[str]:
+def _figures(point: Any, dense_right: str) -> list[str]:
     low, high = interval(point["outcomes"]["agrees"])
     return [
         f"{100 * point['macs_ratio']:.1f}%",
-        f"{point['top1']:.2f}",
+        f"{point['top1']:.2f} ({_lost(dense_right, point['outcomes']['right'])})",
         f"{point['top5']:.2f}",
         f"{point['agreement']:.3f} ({low / 100:.3f} to {high / 100:.3f})",
         f"{point['kl']:.4f} ± {point['outcomes']['kl_error']:.4f}",
     ]
+
+
+def _lost(dense: str, pruned: str) -> str:
+    """Points gained or lost, ± their standard error."""
+    return f"{share(pruned) - share(dense):+.2f} ± {lost_error(dense, pruned):.2f}"
 
 
 def escalation(records: Loaded) -> str:
@@ -113,7 +126,10 @@ def int8(records: Loaded) -> str:
     for name, title in titles.items():
         record, dense = records[name], records[name]["dense"]
         lost = dense["top1"] - record["top1"]
-        rows.append([title, f"{lost:.2f}", f"{dense['agreement']:.3f}", f"{dense['kl']:.4f}"])
+        same = round(dense["agreement"] * record["images"])
+        low, high = interval("1" * same + "0" * (record["images"] - same))
+        agreed = f"{dense['agreement']:.3f} ({low / 100:.3f} to {high / 100:.3f})"
+        rows.append([title, f"{lost:.2f}", agreed, f"{dense['kl']:.4f}"])
     images = records["int8-60"]["images"]
     return markdown([f"{images} images, next to dense float32 torch", "top-1 lost", "agreement", "KL"], rows)
 

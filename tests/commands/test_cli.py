@@ -309,6 +309,21 @@ class TestBenchmarkOfSeveral:
         assert sum(line.startswith("dense ") for line in text.splitlines()) == 8
         assert "of 16 runs were faster than dense" in text
 
+    def test_a_method_may_name_its_schedule(self, tmp_path: Path) -> None:
+        asked = [
+            "--methods",
+            "cpvit,cpvit:linear-ramp",
+            "--batch-size",
+            "1",
+            "--align",
+            "none",
+            "--macs",
+            "0.7",
+        ]
+        (setting,) = record_of([*self.COMMON, *asked], tmp_path)["settings"]
+        assert [row["name"] for row in setting["rows"]] == ["cpvit", "cpvit:linear-ramp"]
+        assert [row["plan"]["schedule"] for row in setting["rows"]] == ["curve", "linear-ramp"]
+
     def test_what_does_not_fit_is_named_after_the_others_ran(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

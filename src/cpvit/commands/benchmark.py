@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -38,7 +38,7 @@ from cpvit.machine.device import choose_dtype
 from cpvit.measure.benchmark import BenchmarkOptions, benchmark, compare
 from cpvit.measure.timings import Comparison
 from cpvit.plans.calibration import Calibration
-from cpvit.plans.config import PruneConfig
+from cpvit.plans.config import PruneConfig, ScheduleName
 from cpvit.plans.escalation import Escalation, load_plan
 from cpvit.plans.plan import Plan
 
@@ -52,7 +52,8 @@ class BenchmarkMatrix:
     """What to go through, in every combination."""
 
     methods: str = ""
-    """Several methods instead of --method, separated by commas; with --plan that is one more."""
+    """Several methods instead of --method, separated by commas; with --plan that is one more. A schedule other than the
+    method's own follows a colon: ``cpvit:linear-ramp``."""
     batch_sizes: str = ""
     """Several batch sizes instead of --batch-size, separated by commas."""
     dtypes: str = ""
@@ -216,13 +217,21 @@ def _configs(
             f"give --method or --methods, not both (got {pruning.method} and {','.join(methods)})"
         )
     configs: dict[str, PruneConfig | Plan | Escalation] = {
-        method: dataclasses.replace(pruning, method=method) for method in methods
+        method: _with_method(pruning, method) for method in methods
     }
     if plan is not None:
         loaded = load_plan(plan)
         method = loaded.light.method if isinstance(loaded, Escalation) else loaded.method
         configs[f"plan ({method})"] = loaded
     return configs
+
+
+def _with_method(pruning: PruneConfig, asked: str) -> PruneConfig:
+    """What ``tome`` or ``tome:curve`` (method and schedule) asks for."""
+    method, _, schedule = asked.partition(":")
+    return dataclasses.replace(
+        pruning, method=method, schedule=cast(ScheduleName, schedule or pruning.schedule)
+    )
 
 
 def _settings(model: ModelOptions, timing: BenchmarkOptions, matrix: BenchmarkMatrix) -> Iterator[_Setting]:
