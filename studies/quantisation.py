@@ -3,8 +3,8 @@
     python studies/quantisation.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenet-val-650.tar
 
 The first 128 images of a fixed draw calibrate, the others compare with dense float32 torch. "linear" is what
-``cpvit export --int8`` does: what has weights, and nothing else. Speed: a batch through each in turn, over dense float32
-torch. Needs the extras onnx, openvino and int8, and torchao for its rows, which are left out without it.
+``cpvit export --int8`` does: what has weights, and nothing else. Speed: a batch through each in turn, over dense
+float32 torch. Needs the extras onnx, openvino and int8, and torchao for its rows, which are left out without it.
 """
 
 from __future__ import annotations
