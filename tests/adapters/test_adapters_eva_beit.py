@@ -473,7 +473,7 @@ def test_real_models_of_other_families_are_refused_with_the_reason() -> None:
         ("Xcit", "between channels"),
         ("VOLO", "outlook"),
         ("VisionTransformerSAM", "inside windows"),
-        ("NaFlexVit", "coordinates"),
+        ("Gemma3VisionModel", "coordinates"),
         ("Qwen3VitEncoder", "full patch grid"),
         ("FeatureGetterNet", "inner blocks"),
         ("DataParallel", r"model\.module"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from cpvit.adapters.dinov2 import open_dinov2
+from cpvit.adapters.dinov2 import open_dino
 from cpvit.adapters.hf import open_hf
 from cpvit.adapters.host import BlockCosts, HeadParameter, Host, HostBlock, UnsupportedModelError
 from cpvit.adapters.open_clip import open_open_clip
 from cpvit.adapters.refusals import refusal
 from cpvit.adapters.timm_beit import open_timm_beit
-from cpvit.adapters.timm_eva import open_timm_eva
+from cpvit.adapters.timm_eva import open_timm_eva, open_timm_naflex
 from cpvit.adapters.timm_relpos import open_timm_relpos
 from cpvit.adapters.timm_vit import open_timm_vit
 from cpvit.adapters.torchvision_vit import open_torchvision_vit
@@ -28,11 +28,12 @@ SUPPORTED = (
 OPENERS = (
     open_timm_vit,
     open_timm_eva,
+    open_timm_naflex,
     open_timm_beit,
     open_timm_relpos,
     open_torchvision_vit,
     open_open_clip,
-    open_dinov2,
+    open_dino,
     open_hf,
 )
 
