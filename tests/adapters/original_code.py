@@ -41,7 +41,10 @@ class ClipTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, WIDTH), x], dim=1) + self.positional_embedding
+        x = (
+            torch.cat([self.class_embedding.expand(x.shape[0], 1, WIDTH), x], dim=1)
+            + self.positional_embedding
+        )
         x = self.transformer.resblocks(self.ln_pre(x).transpose(0, 1)).transpose(0, 1)
         return self.ln_post(x[:, 0]) @ self.proj
 
@@ -75,6 +78,12 @@ def turned(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
+def angles_of(tokens: int) -> Tensor:
+    """[N D]."""
+    steps = torch.arange(tokens)[:, None] * torch.logspace(0, -2, WIDTH // HEADS // 2)
+    return torch.cat([steps, steps], dim=1)
+
+
 def apply_rotary_emb(angles: Tensor, x: Tensor) -> Tensor:
     """The name under which the Perception Encoder's module has its rotation."""
     return x * angles.cos() + turned(x) * angles.sin()
@@ -89,8 +98,7 @@ class Rotation:
         self.freq = torch.empty(0)
 
     def update_grid(self, tokens: int) -> None:
-        steps = torch.arange(tokens)[:, None] * torch.logspace(0, -2, WIDTH // HEADS // 2)
-        self.freq = torch.cat([steps, steps], dim=1)[None]
+        self.freq = angles_of(tokens)[None]
 
 
 class RotaryAttention(nn.Module):
@@ -128,7 +136,7 @@ class Pool(nn.Module):
         self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.attn(self.probe.expand(len(x), 1, WIDTH), x, x, need_weights=False)[0]
+        pooled: Tensor = self.attn(self.probe.expand(x.shape[0], 1, WIDTH), x, x, need_weights=False)[0]
         return pooled[:, 0]
 
 
@@ -147,7 +155,7 @@ class PerceptionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, WIDTH), x], dim=1)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, WIDTH), x], dim=1)
         self.rope.update_grid(x.shape[1])
         for block in self.transformer.resblocks:
             x = block(x, attn_mask=None)
@@ -233,10 +241,9 @@ class DinoVisionTransformer(nn.Module):
 
     def crops(self, images: list[Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
         for tokens in map(self.patch_embed, images):
-            steps = torch.arange(tokens.shape[1])[:, None] * torch.logspace(0, -2, WIDTH // HEADS // 2)
-            angles = torch.cat([steps, steps], dim=1)
+            angles = angles_of(tokens.shape[1]).to(tokens.device)
             yield (
-                torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1),
+                torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1),
                 (angles.sin(), angles.cos()),
             )
 
