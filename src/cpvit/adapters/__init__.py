@@ -21,8 +21,8 @@ SUPPORTED = (
     "timm VisionTransformer models (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, DINOv2, MAE ...), "
     "timm Eva models (EVA, EVA-02, DINOv3, Perception Encoder, rotary ViTs), timm NaFlexViT, BEiT and BEiT v2, "
     "timm ViTs with relative positions, torchvision vit_b_16 ... vit_h_14, open_clip's VisionTransformer, the original "
-    "code of CLIP, DINOv2, DINOv3 and the Perception Encoder, and of Hugging Face transformers every encoder whose parts "
-    "are known (ViT, DeiT, DINO, BEiT, I-JEPA, MAE, AIMv2, InternVL, the image towers of CLIP, SigLIP, BLIP ...)"
+    "code of CLIP, DINOv2, DINOv3 and the Perception Encoder, and of Hugging Face transformers every encoder whose "
+    "parts are known (ViT, DeiT, DINO, BEiT, I-JEPA, MAE, AIMv2, InternVL, the image towers of CLIP, SigLIP, BLIP ...)"
 )
 
 OPENERS = (
