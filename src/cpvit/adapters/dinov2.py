@@ -89,11 +89,7 @@ _CLASS = "DinoVisionTransformer"
 
 
 def _why_blocked(host: Host, extra: HostArguments) -> str | None:
-    """Their stochastic depth drops whole images of a batch from a block; crops of several sizes run side by side."""
-    if isinstance(crops := extra.get("rope"), list) and len(crops) > 1:
-        return (
-            f"{host.name} was given crops of {len(crops)} sizes at once; give a pruned one images of one size"
-        )
+    """Their stochastic depth drops whole images of a batch from a block."""
     blocks: list[Any] = [block.module for block in host.blocks]
     for block in blocks:
         if block.training and block.sample_drop_ratio > (0.1 if hasattr(block, "drop_path1") else 0):
