@@ -5,7 +5,7 @@
 The tower of ``open_clip.list_models()`` is built from its own configuration with three layers and 4 x 4 patches, in its
 own width; one of timm's with two layers where timm takes that, else whole on the meta device, where it is only opened.
 One that is accepted must reproduce its output with everything kept, run pruned, and give an image alone what it gives
-it in a batch. Nothing is downloaded.
+it in a batch. Nothing is downloaded. Takes some four minutes on one core.
 """
 
 from __future__ import annotations

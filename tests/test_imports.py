@@ -17,6 +17,8 @@ ADAPTERS = sorted(path.stem for path in (ROOT / "adapters").glob("*.py"))
 VERBS = sorted(path.stem for path in (ROOT / "commands").glob("*.py"))
 SHARED_ADAPTERS = {"__init__", "host", "refusals", "common"}
 BUILT_ON = {
+    "timm_beit": {"timm_vit"},
+    "timm_eva": {"timm_vit"},
     "timm_relpos": {"timm_vit"},
     "open_clip": {"torchvision_vit"},
     "dinov2": {"timm_vit"},

@@ -44,6 +44,13 @@ def test_pruned_and_restored(values: dict[str, object]) -> None:
         assert torch.equal(model(IMAGES), before)
 
 
+def test_crops_of_several_sizes_are_refused() -> None:
+    model = build()
+    cpvit.prune_(model)
+    with pytest.raises(ValueError, match="crops of 2 sizes at once"):
+        model.forward_features([IMAGES, IMAGES[:, :, :28, :28]], [None, None])
+
+
 def test_blocks_in_chunks_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="block_chunks=0"):
         open_host(build(block_chunks=2))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cpvit.adapters.host import HeadParameter, Host, HostBlock, UnsupportedModelError
 from cpvit.attention import AttentionInputs
-from cpvit.core import HostArguments
+from cpvit.core import HostArguments, with_prefix
 
 HostModule: TypeAlias = Any
 """A module of timm's: an ``nn.Module`` whose attributes carry no types."""
@@ -26,6 +26,9 @@ WALKERS = ("forward_intermediates", "get_intermediate_layers")
 
 FORBIDDEN = ("prune_intermediate_layers",)
 """Methods of timm's models that take blocks out."""
+
+BRANCH = ("ls{}", "ls_{}", "gamma_{}", "drop_path{}")
+"""Parts of a block behind its attention (1) and its MLP (2), in order; a block has those of its library."""
 
 SHARED_BIAS = (
     "heads cannot be pruned in this model: all blocks share one relative position bias per head, so that a "
@@ -38,6 +41,11 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = qkv.shape
     query, key, value = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
+
+
+def heads_first(projected: Tensor, heads: int) -> Tensor:
+    """[B N H*D] -> [B H N D]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(out: Tensor) -> Tensor:
@@ -78,15 +86,18 @@ def dropout_of(attn: HostModule) -> float:
     return float(attn.attn_drop.p) if attn.training else 0.0
 
 
-def scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
-    """LayerScale kept as a bare parameter, which may be absent."""
-    return x if gamma is None else gamma * x
+def branch(block: HostModule, number: int, x: Tensor) -> Tensor:
+    """What follows attention (1) or MLP (2) up to the residual: LayerScale, a module or a factor, and DropPath."""
+    for name in BRANCH:
+        found = getattr(block, name.format(number), None)
+        if found is not None:
+            x = found(x) if isinstance(found, nn.Module) else found * x
+    return x
 
 
 def pair_index(positions: Tensor, num_prefix: int, num_tokens: int) -> Tensor:
     """Where the pairs of surviving tokens lie in a flattened N x N matrix: [B n] -> [B (P+n)*(P+n)]."""
-    prefix = torch.arange(num_prefix, device=positions.device).expand(positions.shape[0], num_prefix)
-    rows = torch.cat([prefix, positions + num_prefix], dim=1)
+    rows = with_prefix(positions, num_prefix)
     return (rows[:, :, None] * num_tokens + rows[:, None, :]).flatten(1)
 
 
@@ -190,28 +201,35 @@ def timm_host(model: HostModule, family: str, blocks: Sequence[HostBlock], **mor
     )
 
 
-def check_stem(model: HostModule) -> None:
-    """Raise UnsupportedModelError unless the image is cut into patches, directly or by convolutions in front."""
-    if not isinstance(model.patch_embed, (PatchEmbed, HybridEmbed)):
+def check_parts(model: HostModule, blocks: Sequence[type], attentions: Sequence[type]) -> None:
+    """Raise UnsupportedModelError unless the stem, every block and its attention are of classes known exactly."""
+    stem = getattr(model, "patch_embed", None)
+    if stem is not None and not isinstance(stem, (PatchEmbed, HybridEmbed)):
         raise UnsupportedModelError(
-            f"{type(model).__name__} with a {type(model.patch_embed).__name__} stem cannot be pruned: "
+            f"{type(model).__name__} with a {type(stem).__name__} stem cannot be pruned: "
             "only stems that end in one grid of patches are known (timm's PatchEmbed or HybridEmbed)"
         )
+    check_blocks(model, [(block, block.attn) for block in model.blocks.children()], blocks, attentions)
 
 
-def check_blocks(model: HostModule, blocks: Sequence[type], attentions: Sequence[type]) -> None:
+def check_blocks(
+    model: nn.Module,
+    found: Sequence[tuple[nn.Module, nn.Module]],
+    blocks: Sequence[type],
+    attentions: Sequence[type],
+) -> None:
     """Raise UnsupportedModelError unless every block, and its attention, is of a class known exactly."""
-    for number, block in enumerate(model.blocks.children()):
+    for number, (block, attention) in enumerate(found):
         place = f"block {number} of {type(model).__name__}"
         if type(block) not in blocks:
             raise UnsupportedModelError(
                 f"{place} is a {type(block).__name__}, which cannot be pruned: attention and MLP must follow "
-                f"one another (timm's {_names(blocks)})"
+                f"one another (in a {_names(blocks)})"
             )
-        if type(block.attn) not in attentions:
+        if type(attention) not in attentions:
             raise UnsupportedModelError(
-                f"{place} uses {type(block.attn).__name__}, which cannot be pruned: only timm's standard "
-                f"{_names(attentions)} is known exactly"
+                f"{place} uses {type(attention).__name__}, which cannot be pruned: only {_names(attentions)} "
+                "is known exactly"
             )
 
 
@@ -220,7 +238,14 @@ def _names(classes: Sequence[type]) -> str:
 
 
 def image_shape(model: HostModule) -> tuple[int, int, int]:
-    """Channels, height and width the model was made for."""
+    """Channels, height and width the model was made for; of a NaFlexVit, which takes any, those of its weights."""
+    if (stem := getattr(model, "embeds", None)) is not None:
+        weights = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, 0, 0))[1:]
+        sides = [
+            count * patch for count, patch in zip(stem.pos_embed_grid_size, stem.patch_size, strict=True)
+        ]
+        height, width = stem.default_img_size or (weights if all(weights) else sides)
+        return model.in_chans, int(height), int(width)
     stem = model.patch_embed
     height, width = stem.img_size
     channels = next(layer.in_channels for layer in stem.modules() if isinstance(layer, nn.Conv2d))
@@ -229,5 +254,8 @@ def image_shape(model: HostModule) -> tuple[int, int, int]:
 
 def grid_of(model: HostModule) -> tuple[int, int]:
     """Patch rows and columns."""
-    rows, columns = model.patch_embed.grid_size
+    if (stem := getattr(model, "embeds", None)) is not None:
+        rows, columns = stem.dynamic_feat_size(image_shape(model)[1:])
+    else:
+        rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters.common import (
     SHARED_BIAS,
+    heads_first,
     join_heads,
     linear_heads,
     linear_macs,
@@ -29,7 +30,7 @@ from cpvit.adapters.common import (
 from cpvit.adapters.hf_parts import LayerParts, Path, part
 from cpvit.adapters.host import BlockCosts, HeadParameter, UnsupportedModelError
 from cpvit.attention import AttentionInputs
-from cpvit.core import HostArguments
+from cpvit.core import HostArguments, with_prefix
 
 
 class Rotary(NamedTuple):
@@ -117,7 +118,8 @@ class TransformersBlock:
             query, key = (
                 self._normalised(norm, y) for norm, y in zip(parts.qk_norm, (query, key), strict=True)
             )
-        return self._heads(query), self._heads(key), self._heads(value)
+        query, key, value = (heads_first(y, self.num_heads) for y in (query, key, value))
+        return query, key, value
 
     def _normalised(self, name: str, x: Tensor) -> Tensor:
         """Query or key [B N H*D], normalised over all channels or over those of each head, as its weight is long."""
@@ -126,10 +128,6 @@ class TransformersBlock:
         if weight is None or weight.numel() == x.shape[-1]:
             return norm(x)
         return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2)
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """[B N H*D] -> [B H N D]."""
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _scale(self, query: Tensor) -> float:
         name = self.parts.scale
@@ -148,7 +146,11 @@ class TransformersBlock:
         """Query and key [B H N D], rotated by the host's function with the rows of the tokens still alive."""
         name, function = rotary_function(self.attn)
         style = ROTARY[name]
-        rows = positions if positions is None or not style.has_prefix else self._rows(positions)
+        rows = (
+            positions
+            if positions is None or not style.has_prefix
+            else with_prefix(positions, self.num_prefix)
+        )
         # [N0 D] as it is, or [B n D] of the survivors, with a dimension of heads where the function adds none.
         tables = tables if rows is None else [table[rows] for table in tables]
         if style.heads_first:
@@ -157,13 +159,6 @@ class TransformersBlock:
             return rotated
         query, key = function(query.transpose(1, 2), key.transpose(1, 2), *tables)
         return query.transpose(1, 2), key.transpose(1, 2)
-
-    def _rows(self, positions: Tensor) -> Tensor:
-        """Places in the full sequence of the prefix and of the patches alive: [B n] -> [B P+n]."""
-        prefix = torch.arange(self.num_prefix, device=positions.device).expand(
-            positions.shape[0], self.num_prefix
-        )
-        return torch.cat([prefix, positions + self.num_prefix], dim=1)
 
     def _padding(self, positions: Tensor | None, extra: HostArguments) -> Tensor | None:
         """-inf for the keys that are padding, of those alive: [B 1 1 N], or None."""
@@ -175,7 +170,7 @@ class TransformersBlock:
             row = torch.zeros_like(row, dtype=self.projection.weight.dtype).masked_fill(~row, -torch.inf)
         if positions is None:
             return row
-        rows = self._rows(positions)
+        rows = with_prefix(positions, self.num_prefix)
         return row[:, 0, 0].expand(rows.shape[0], row.shape[-1]).gather(1, rows)[:, None, None]
 
     def _bias(self, positions: Tensor | None, extra: HostArguments) -> Tensor | None:

@@ -119,6 +119,8 @@ class Host:
     """Why the model can only be pruned with dense_features=True: who reads every patch in its place."""
     in_tuple: bool = False
     """Whether the host's blocks return a tuple, of which the tokens are the first."""
+    tokens_first: bool = False
+    """Whether they are given, and return, tokens as [N B C]."""
     head: str = ""
     """Method of ``model`` that reads the tokens after the blocks, where it is one apart (timm's forward_head)."""
     output: Callable[[Any], Tensor] = _as_it_is
@@ -153,6 +155,20 @@ class Host:
         finally:
             for module, was_training in modes:
                 module.training = was_training
+
+    def tokens(self, given: Any) -> Tensor:
+        """[B N C] from what a block is given, or returns: alone, first in a tuple, or in a list of one."""
+        if isinstance(given, list) and len(given) > 1:
+            raise ValueError(
+                f"{self.name} was given crops of {len(given)} sizes at once; pruned, it takes one size"
+            )
+        tokens: Tensor = given[0] if isinstance(given, (tuple, list)) else given
+        return tokens.transpose(0, 1) if self.tokens_first else tokens
+
+    def returned(self, tokens: Tensor, given: object) -> Any:
+        """What the host expects of a block that was ``given`` tokens, when ``tokens`` [B N C] leave it."""
+        tokens = tokens.transpose(0, 1) if self.tokens_first else tokens
+        return [tokens] if isinstance(given, list) else (tokens,) if self.in_tuple else tokens
 
     def copy_sharing_weights(self) -> Host:
         """The same model once more, to be pruned apart; parameters and buffers are the very same tensors."""

@@ -1,27 +1,39 @@
-"""open_clip's VisionTransformer, alone or in a two-tower model (then the tower that sees is pruned).
+"""The VisionTransformer of open_clip, of OpenAI's CLIP and of the Perception Encoder, alone or in a two-tower model.
 
-Its blocks are torchvision's with other names and a LayerScale. open_clip itself is never imported here.
+Of two towers the one that sees is pruned. The blocks are torchvision's with other names and a LayerScale; those of the
+Perception Encoder rotate. The three packages are never imported here.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpvit.adapters.common import join_heads
+from cpvit.adapters.common import branch, join_heads
 from cpvit.adapters.host import Host, UnsupportedModelError
 from cpvit.adapters.torchvision_vit import EncoderBlockView
 from cpvit.attention import AttentionInputs, replaced
-from cpvit.core import HostArguments
+from cpvit.core import HostArguments, with_prefix
 
-BLOCKS = {"ResidualAttentionBlock": "MultiheadAttention", "CustomResidualAttentionBlock": "Attention"}
+BLOCKS = {
+    "ResidualAttentionBlock": ("MultiheadAttention", "SelfAttention"),
+    "CustomResidualAttentionBlock": ("Attention",),
+}
 """Blocks that are known exactly, and their attention."""
+
+CODES = {
+    "open_clip.": "open_clip",
+    "clip.model": "CLIP, original code",
+    "core.vision_encoder.pe": "Perception Encoder, original code",
+}
+"""Beginnings of the modules that define the classes."""
 
 TWO_TOWERS = ("CLIP", "CustomTextCLIP")
 WALKERS = ("forward_intermediates",)
-FORBIDDEN = ("prune_intermediate_layers",)
+FORBIDDEN = ("prune_intermediate_layers", "truncate")
 
 
 class OpenClipBlock(EncoderBlockView):
@@ -34,6 +46,9 @@ class OpenClipBlock(EncoderBlockView):
     def attention_inputs(self, x: Tensor, positions: Tensor | None, extra: HostArguments) -> AttentionInputs:
         """x [B N C] -> query, key, value [B H N D]; open_clip passes no mask to an image tower."""
         inputs, attn = super().attention_inputs(x, positions, extra), self.attn
+        if getattr(attn, "rope", None) is not None:
+            query, key = _rotated(attn.rope, inputs, positions)
+            return replaced(inputs, query=query, key=key)
         if not hasattr(attn, "ln_q"):
             return inputs
         rate = attn.attn_drop.p if attn.training else 0.0
@@ -44,73 +59,78 @@ class OpenClipBlock(EncoderBlockView):
         block, out = self.module, self.attn.out_proj(join_heads(out))
         if hasattr(block, "ln_attn"):
             out = block.ln_attn(self.attn.out_drop(out))
-        return x + block.ls_1(out)
+        return x + branch(block, 1, out)
 
     def mlp_residual(self, x: Tensor) -> Tensor:
         """[B N C] -> [B N C]."""
-        return x + self.module.ls_2(self.module.mlp(self.module.ln_2(x)))
+        return x + branch(self.module, 2, self.module.mlp(self.module.ln_2(x)))
+
+
+def _rotated(rope: Any, inputs: AttentionInputs, positions: Tensor | None) -> list[Tensor]:
+    """Query and key [B H N D], rotated by the host's function with the angles of the tokens still alive."""
+    rotate, angles = vars(sys.modules[type(rope).__module__])["apply_rotary_emb"], rope.freq  # [1 P+N0 D]
+    if positions is not None:
+        angles = angles[0][with_prefix(positions, int(rope.use_cls_token))]
+    return [rotate(angles.unsqueeze(1), x) for x in (inputs.query, inputs.key)]
 
 
 def open_open_clip(model: nn.Module) -> Host | None:
-    """Open an image tower, or a two-tower model, of open_clip; None if it is neither.
-
-    Raises:
-        UnsupportedModelError: It is one, but of a kind the cascade does not know.
-    """
+    """Open an image tower or a two-tower model; None if it is neither, UnsupportedModelError for an unknown variant."""
     kind = type(model)
-    if not kind.__module__.startswith("open_clip.") or kind.__name__ not in (
-        "VisionTransformer",
-        *TWO_TOWERS,
-    ):
+    code = next((title for start, title in CODES.items() if kind.__module__.startswith(start)), "")
+    if not code or kind.__name__ not in ("VisionTransformer", *TWO_TOWERS):
         return None
     visual: Any = getattr(model, "visual", model)
     if type(visual).__name__ != "VisionTransformer":
-        trunk = (
-            "prune_(model.visual.trunk, ...)"
-            if hasattr(visual, "trunk")
-            else "it is not a Vision Transformer"
-        )
-        raise UnsupportedModelError(f"open_clip's {kind.__name__} sees by a {type(visual).__name__}: {trunk}")
+        way = "prune_(model.visual.trunk, ...)" if hasattr(visual, "trunk") else "no Vision Transformer"
+        raise UnsupportedModelError(f"{kind.__name__} ({code}) sees by a {type(visual).__name__}: {way}")
+    if visual is not model and code.startswith("CLIP"):
+        raise UnsupportedModelError(f"{kind.__name__} ({code}) needs a text too: prune_(model.visual, ...)")
     blocks = list(visual.transformer.resblocks.children())
     for number, block in enumerate(blocks):
-        _check_block(block, number)
-    channels, (height, width) = visual.conv1.in_channels, visual.image_size
-    pools = visual.attn_pool is not None or visual.pool_type != "tok"
+        _check_block(block, f"{code.split(',')[0]}'s VisionTransformer cannot be pruned: block {number}")
+    size = getattr(visual, "image_size", None) or visual.input_resolution
+    size, patch = (size, size) if isinstance(size, int) else size, visual.conv1.kernel_size
+    pool = getattr(visual, "attn_pool", None)
+    pools = pool is not None or getattr(visual, "pool_type", "tok") != "tok"
+    tokens_first = not getattr(blocks[0].attn, "batch_first", True)
+    walkers = WALKERS if hasattr(model, WALKERS[0]) and visual is model and not tokens_first else ()
+    forbidden = {name for name in (*WALKERS, *FORBIDDEN) if hasattr(model, name)} - {*walkers}
     return Host(
-        family="open_clip ViT",
+        family=code if "," in code else f"{code} ViT",
         model=model,
         parent=visual.transformer,
         attribute="resblocks",
         blocks=tuple(OpenClipBlock(block) for block in blocks),
-        num_prefix=1,
-        grid=visual.grid_size,
-        image_shape=(channels, height, width),
+        num_prefix=int(getattr(visual, "use_cls_token", True)),
+        grid=(size[0] // patch[0], size[1] // patch[1]),
+        image_shape=(visual.conv1.in_channels, *size),
         pools_patches=pools,
-        discards_patches=not pools and not visual.output_tokens,
-        pool_token_macs=_pool_token_macs(visual),
-        walkers=WALKERS if visual is model else (),
-        forbidden=FORBIDDEN if visual is model else (*FORBIDDEN, *WALKERS),
+        discards_patches=not pools and not getattr(visual, "output_tokens", False),
+        tokens_first=tokens_first,
+        pool_token_macs=0 if pool is None else _pool_token_macs(visual),
+        walkers=walkers,
+        forbidden=tuple(sorted(forbidden)),
         output=_features,
+        reads_values=bool(
+            getattr(visual, "use_rope2d", False)
+        ),  # its angles are no buffer, and stay where they are
         blocked=_why_blocked,
-        architecture=f"open_clip-{len(blocks)}x{visual.conv1.out_channels}-patch{visual.patch_size[0]}",
+        architecture=f"{code.split(',')[0]}-{len(blocks)}x{visual.conv1.out_channels}-patch{patch[0]}",
     )
 
 
-def _check_block(block: Any, number: int) -> None:
+def _check_block(block: Any, place: str) -> None:
     attn, kind = block.attn, type(block).__name__
     reason = ""
-    if BLOCKS.get(kind) != type(attn).__name__:
+    if type(attn).__name__ not in BLOCKS.get(kind, ()):
         reason = f"is a {kind} with {type(attn).__name__}, which is not known exactly"
     elif getattr(attn, "logit_scale", None) is not None or getattr(attn, "head_scale", None) is not None:
         reason = "scales each head of its attention"
     elif not isinstance(getattr(attn, "ln_inner", nn.Identity()), nn.Identity):
         reason = "normalises the joined heads"
-    elif not getattr(attn, "batch_first", True):
-        reason = "has its tokens in front of its images (batch_first=False)"
     if reason:
-        raise UnsupportedModelError(
-            f"open_clip's VisionTransformer cannot be pruned: block {number} {reason}"
-        )
+        raise UnsupportedModelError(f"{place} {reason}")
 
 
 def _pool_token_macs(visual: Any) -> int:
@@ -118,10 +138,9 @@ def _pool_token_macs(visual: Any) -> int:
     poolers = [visual.attn_pool]
     if getattr(visual, "attn_pool_type", "") == "parallel":
         poolers.append(visual.attn_pool_contrastive)
-    found = [
-        (pool.attn.embed_dim, pool.attn.kdim, pool.query.shape[0]) for pool in poolers if pool is not None
-    ]
-    return sum(2 * width * context + 2 * queries * width for width, context, queries in found)
+    queries = (pool.query if hasattr(pool, "query") else pool.probe[0] for pool in poolers)
+    pairs = zip((pool.attn for pool in poolers), queries, strict=True)
+    return sum(2 * attn.embed_dim * (attn.kdim + len(query)) for attn, query in pairs)
 
 
 def _features(result: Any) -> Tensor:
@@ -136,12 +155,12 @@ def _features(result: Any) -> Tensor:
 def _why_blocked(host: Host, extra: HostArguments) -> str | None:
     """What open_clip does around its blocks, while it trains, that a pruned model cannot."""
     parent: Any = host.parent
-    if parent.grad_checkpointing and torch.is_grad_enabled():
+    if getattr(parent, "grad_checkpointing", False) and torch.is_grad_enabled():
         return (
-            "open_clip's own gradient checkpointing would run blocks without pruning; switch it off "
+            f"{host.family.split(',')[0]}'s own gradient checkpointing would run blocks without pruning; switch it off "
             "(model.set_grad_checkpointing(False)) and use prune_(..., checkpointing=True)"
         )
     visual: Any = getattr(host.model, "visual", host.model)
-    if visual.training and getattr(visual.patch_dropout, "prob", 0):
+    if visual.training and getattr(getattr(visual, "patch_dropout", None), "prob", 0):
         return "open_clip drops random patches while it trains (patch_dropout), before any could be scored"
     return None

@@ -46,7 +46,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         "it attends inside windows of the full patch grid, and returns that grid",
     ),
     (
-        "NaFlexVit Gemma",
+        "Gemma4Vision",
         "it takes patches with masks and coordinates of several image sizes, not one grid of patches",
     ),
     ("Qwen Deepseek", "it returns, or merges, the full patch grid, which needs every patch in its place"),

@@ -15,21 +15,18 @@ from cpvit.adapters.common import (
     SHARED_BIAS,
     HostModule,
     bias_heads,
-    check_blocks,
-    check_stem,
+    check_parts,
     dropout_of,
     fused_qkv,
     linear_heads,
-    linear_macs,
     look_up,
     pair_index,
-    project_out,
     refuse_masks,
-    scaled,
     split_heads,
     timm_host,
 )
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.host import HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.timm_vit import TimmBlock
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -37,18 +34,12 @@ SHARED = "shared_rel_pos_bias"
 """Keyword under which the host hands one bias [H N0+1 N0+1] to all blocks."""
 
 
-class BeitBlock:
+class BeitBlock(TimmBlock):
     """A BEiT block: Q, K, V without a key bias, a table of relative positions, LayerScale."""
 
     def __init__(self, block: HostModule, *, shared_bias: bool) -> None:
-        self.module = block
-        self.attn = block.attn
+        super().__init__(block)
         self.shared_bias = shared_bias
-
-    @property
-    def num_heads(self) -> int:
-        """Heads the block has now."""
-        return int(self.attn.num_heads)
 
     def attention_inputs(self, x: Tensor, positions: Tensor | None, extra: HostArguments) -> AttentionInputs:
         """x [B N C] -> query, key, value [B H N D] and the bias of the pairs still alive."""
@@ -64,21 +55,6 @@ class BeitBlock:
             dropout=dropout_of(self.attn),
         )
 
-    def attention_residual(self, x: Tensor, inputs: AttentionInputs, out: Tensor) -> Tensor:
-        """x [B N C], out [B H N D] -> [B N C]."""
-        block = self.module
-        return x + block.drop_path1(scaled(block.gamma_1, project_out(self.attn, inputs, out)))
-
-    def mlp_residual(self, x: Tensor) -> Tensor:
-        """[B N C] -> [B N C]."""
-        block = self.module
-        return x + block.drop_path2(scaled(block.gamma_2, block.mlp(block.norm2(x))))
-
-    def costs(self) -> BlockCosts:
-        """MACs per token and per pair of tokens."""
-        width = self.attn.proj.in_features
-        return BlockCosts(linear_macs(self.attn), 2 * width, linear_macs(self.module.mlp))
-
     def head_parameters(self) -> Sequence[HeadParameter]:
         """Q, K, V rows and biases, projection columns, columns of the table of relative positions."""
         if self.shared_bias:
@@ -90,10 +66,6 @@ class BeitBlock:
         if attn.relative_position_bias_table is not None:
             found.append(HeadParameter(attn, "relative_position_bias_table", 1, 1, 1))
         return found
-
-    def set_num_heads(self, count: int) -> None:
-        """timm reads the count from the attention module."""
-        self.attn.num_heads = count
 
 
 def relative_bias(attn: HostModule, shared: Tensor | None, positions: Tensor | None) -> Tensor | None:
@@ -130,15 +102,10 @@ def own_bias(attn: HostModule, positions: Tensor | None) -> Tensor | None:
 
 
 def open_timm_beit(model: nn.Module) -> Host | None:
-    """Open a BEiT; None if the model is not one.
-
-    Raises:
-        UnsupportedModelError: It is one, but of a variant the cascade does not know.
-    """
+    """Open a BEiT; None if it is not one, UnsupportedModelError for an unknown variant."""
     if not isinstance(model, beit.Beit):
         return None
-    check_stem(model)
-    check_blocks(model, (beit.Block,), (beit.Attention,))
+    check_parts(model, (beit.Block,), (beit.Attention,))
     shared = model.rel_pos_bias is not None
     blocks = [BeitBlock(block, shared_bias=shared) for block in model.blocks.children()]
     return timm_host(model, "timm BEiT", blocks, positional=(SHARED,))

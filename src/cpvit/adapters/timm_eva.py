@@ -12,48 +12,44 @@ from typing import Any
 
 import torch
 from timm.layers import apply_rot_embed_cat
-from timm.models import eva
+from timm.models import eva, naflexvit
+from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from cpvit.adapters.common import (
     HostModule,
     bias_heads,
-    check_blocks,
-    check_stem,
+    check_parts,
     dropout_of,
     fused_qkv,
     gate_of,
+    heads_first,
     linear_heads,
-    linear_macs,
-    project_out,
     random_patches,
     refuse_inner_norm,
     refuse_masks,
-    scaled,
     split_heads,
     timm_host,
 )
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.host import HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.timm_vit import TimmBlock
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
+BLOCKS = (eva.EvaBlock, eva.EvaBlockPostNorm)
 # AttentionRope came later than the oldest timm that is supported.
 ATTENTIONS = (eva.EvaAttention, getattr(eva, "AttentionRope", eva.EvaAttention))
 
+SET_INPUT_SIZE = 'set model.pretrained_cfg["input_size"] = (channels, height, width) first'
 
-class EvaBlock:
+
+class EvaBlock(TimmBlock):
     """A pre-norm ``EvaBlock`` or an ``EvaBlockPostNorm``."""
 
     def __init__(self, block: HostModule, *, rope_per_head: bool) -> None:
-        self.module = block
-        self.attn = block.attn
+        super().__init__(block)
         self.post_norm = isinstance(block, eva.EvaBlockPostNorm)
         self.rope_per_head = rope_per_head
-
-    @property
-    def num_heads(self) -> int:
-        """Heads the block has now."""
-        return int(self.attn.num_heads)
 
     def attention_inputs(self, x: Tensor, positions: Tensor | None, extra: HostArguments) -> AttentionInputs:
         """x [B N C] -> query, key, value [B H N D], rotated by the rows of ``extra["rope"]`` still alive."""
@@ -82,30 +78,11 @@ class EvaBlock:
             query, key, value = split_heads(fused_qkv(attn, x), attn.num_heads)
         else:
             shared = getattr(attn, "num_kv_heads", attn.num_heads)
-            query = _heads_first(attn.q_proj(x), attn.num_heads)
-            key, value = _heads_first(attn.k_proj(x), shared), _heads_first(attn.v_proj(x), shared)
+            query = heads_first(attn.q_proj(x), attn.num_heads)
+            key, value = heads_first(attn.k_proj(x), shared), heads_first(attn.v_proj(x), shared)
         if hasattr(attn, "q_norm"):
             query, key = attn.q_norm(query), attn.k_norm(key)
         return query, key, value
-
-    def attention_residual(self, x: Tensor, inputs: AttentionInputs, out: Tensor) -> Tensor:
-        """x [B N C], out [B H N D] -> [B N C]."""
-        block = self.module
-        out = project_out(self.attn, inputs, out)
-        out = block.norm1(out) if self.post_norm else scaled(block.gamma_1, out)
-        return x + block.drop_path1(out)
-
-    def mlp_residual(self, x: Tensor) -> Tensor:
-        """[B N C] -> [B N C]."""
-        block = self.module
-        if self.post_norm:
-            return x + block.drop_path2(block.norm2(block.mlp(x)))
-        return x + block.drop_path2(scaled(block.gamma_2, block.mlp(block.norm2(x))))
-
-    def costs(self) -> BlockCosts:
-        """MACs per token and per pair of tokens."""
-        width = self.attn.proj.in_features
-        return BlockCosts(linear_macs(self.attn), 2 * width, linear_macs(self.module.mlp))
 
     def head_parameters(self) -> Sequence[HeadParameter]:
         """Rows of the Q, K, V (and gate) projections and their biases, columns of the output projection."""
@@ -142,11 +119,6 @@ class EvaBlock:
             attn.num_kv_heads = count
 
 
-def _heads_first(projected: Tensor, heads: int) -> Tensor:
-    """[B N H*D] -> [B H N D]."""
-    return projected.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
 def rope_rows(rope: Tensor, positions: Tensor) -> Tensor:
     """Rotary embedding of the surviving patches.
 
@@ -171,17 +143,36 @@ def rotate(attn: HostModule, x: Tensor, rope: Tensor, like: Tensor) -> Tensor:
 
 
 def open_timm_eva(model: nn.Module) -> Host | None:
-    """Open a model of timm's Eva class; None if it is not one.
-
-    Raises:
-        UnsupportedModelError: It is one, but of a variant the cascade does not know.
-    """
+    """Open a model of timm's Eva class; None if it is not one, UnsupportedModelError for an unknown variant."""
     if not isinstance(model, eva.Eva):
         return None
-    check_stem(model)
-    check_blocks(model, (eva.EvaBlock, eva.EvaBlockPostNorm), ATTENTIONS)
+    check_parts(model, BLOCKS, ATTENTIONS)
     rope_per_head = bool(getattr(model, "rope_mixed", False))
     blocks = [EvaBlock(block, rope_per_head=rope_per_head) for block in model.blocks.children()]
     return timm_host(
         model, "timm EVA", blocks, blocked=random_patches, positional=("rope", "attn_mask", "is_causal")
+    )
+
+
+def open_timm_naflex(model: nn.Module) -> Host | None:
+    """Open a NaFlexVit for images [B C H W] of one size; None, or UnsupportedModelError, as :func:`open_timm_eva`."""
+    if not isinstance(model, naflexvit.NaFlexVit):
+        return None
+    check_parts(model, (vit.Block, *BLOCKS), (vit.Attention, *ATTENTIONS))
+    blocks = [
+        EvaBlock(block, rope_per_head=model.rope_is_mixed) if isinstance(block, BLOCKS) else TimmBlock(block)
+        for block in model.blocks.children()
+    ]
+    resizing = "" if model.embeds.default_img_size else SET_INPUT_SIZE
+    return timm_host(model, "timm NaFlexViT", blocks, blocked=_mixes_sizes, resizing=resizing)
+
+
+def _mixes_sizes(host: Host, extra: HostArguments) -> str | None:
+    """Padded patches must not be scored, matched or counted; here none of an image is padding."""
+    rope = extra.get("rope")
+    if extra.get("attn_mask") is None and not (isinstance(rope, Tensor) and rope.dim() == 4):
+        return random_patches(host, extra)
+    return (
+        f"{host.name} was given patches with coordinates (patch_coord, patch_valid, attn_mask), of images of several "
+        "sizes and padded; pruned, it takes images [B C H W] of one size"
     )

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from cpvit.adapters.common import (
     SHARED_BIAS,
     HostModule,
-    check_blocks,
-    check_stem,
+    check_parts,
     linear_heads,
     linear_macs,
     look_up,
@@ -81,15 +80,10 @@ class RelPosBlock(TimmBlock):
 
 
 def open_timm_relpos(model: nn.Module) -> Host | None:
-    """Open a VisionTransformerRelPos; None if the model is not one.
-
-    Raises:
-        UnsupportedModelError: It is one, but of a variant the cascade does not know.
-    """
+    """Open a VisionTransformerRelPos; None if it is not one, UnsupportedModelError for an unknown variant."""
     if not isinstance(model, relpos.VisionTransformerRelPos):
         return None
-    check_stem(model)
-    check_blocks(model, (relpos.RelPosBlock, relpos.ResPostRelPosBlock), (relpos.RelPosAttention,))
+    check_parts(model, (relpos.RelPosBlock, relpos.ResPostRelPosBlock), (relpos.RelPosAttention,))
     prefix = int(model.num_prefix_tokens)
     blocks = [RelPosBlock(block, num_prefix=prefix) for block in model.blocks.children()]
     return timm_host(model, "timm ViT with relative positions", blocks, positional=(SHARED,))

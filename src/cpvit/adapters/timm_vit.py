@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cpvit.adapters.common import (
     HostModule,
-    check_blocks,
-    check_stem,
+    branch,
+    check_parts,
     dropout_of,
     gate_of,
     linear_heads,
@@ -68,14 +68,14 @@ class TimmBlock:
         """x [B N C], out [B H N D] -> [B N C]."""
         out = project_out(self.attn, inputs, out)
         block = self.module
-        return x + block.drop_path1(block.norm1(out) if self.post_norm else block.ls1(out))
+        return x + (block.drop_path1(block.norm1(out)) if self.post_norm else branch(block, 1, out))
 
     def mlp_residual(self, x: Tensor) -> Tensor:
         """[B N C] -> [B N C]."""
         block = self.module
         if self.post_norm:
             return x + block.drop_path2(block.norm2(block.mlp(x)))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x + branch(block, 2, block.mlp(block.norm2(x)))
 
     def costs(self) -> BlockCosts:
         """MACs per token and per pair of tokens."""
@@ -100,14 +100,9 @@ class TimmBlock:
 
 
 def open_timm_vit(model: nn.Module) -> Host | None:
-    """Open a VisionTransformer; None if the model is not one.
-
-    Raises:
-        UnsupportedModelError: It is one, but of a variant the cascade does not know.
-    """
+    """Open a VisionTransformer; None if it is not one, UnsupportedModelError for an unknown variant."""
     if not isinstance(model, vit.VisionTransformer):
         return None
-    check_stem(model)
-    check_blocks(model, (vit.Block, vit.ResPostBlock), (vit.Attention,))
+    check_parts(model, (vit.Block, vit.ResPostBlock), (vit.Attention,))
     blocks = [TimmBlock(block) for block in model.blocks.children()]
     return timm_host(model, "timm ViT", blocks, blocked=random_patches)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from cpvit.adapters.common import join_heads, linear_macs, split_heads
-from cpvit.adapters.host import BlockCosts, HeadParameter, Host, UnsupportedModelError
+from cpvit.adapters.common import check_blocks, join_heads, linear_macs, split_heads
+from cpvit.adapters.host import BlockCosts, HeadParameter, Host
 from cpvit.attention import AttentionInputs
 from cpvit.core import HostArguments
 
@@ -79,15 +79,12 @@ class EncoderBlockView:
 
 
 def open_torchvision_vit(model: nn.Module) -> Host | None:
-    """Open a VisionTransformer of torchvision; None if the model is not one.
-
-    Raises:
-        UnsupportedModelError: It is one, with blocks or attention the cascade does not know.
-    """
+    """Open a VisionTransformer of torchvision; None if it is not one, UnsupportedModelError for other blocks."""
     if not isinstance(model, VisionTransformer):
         return None
     blocks = list(model.encoder.layers.children())
-    _check_blocks(blocks)
+    pairs = [(block, block.self_attention) for block in blocks]
+    check_blocks(model, pairs, (EncoderBlock,), (nn.MultiheadAttention,))
     side = model.image_size // model.patch_size
     return Host(
         family="torchvision ViT",
@@ -103,20 +100,6 @@ def open_torchvision_vit(model: nn.Module) -> Host | None:
         num_classes=model.num_classes,
         architecture=_architecture(model, len(blocks)),
     )
-
-
-def _check_blocks(blocks: Sequence[Any]) -> None:
-    for number, block in enumerate(blocks):
-        if type(block) is not EncoderBlock:
-            raise UnsupportedModelError(
-                f"block {number} is a {type(block).__name__}, which cannot be pruned: only torchvision's "
-                "EncoderBlock is known exactly"
-            )
-        if type(block.self_attention) is not nn.MultiheadAttention:
-            raise UnsupportedModelError(
-                f"block {number} uses {type(block.self_attention).__name__}, which cannot be pruned: only "
-                "nn.MultiheadAttention is known exactly"
-            )
 
 
 def _channels(model: Any) -> int:

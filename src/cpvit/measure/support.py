@@ -64,12 +64,20 @@ class SupportRow:
 
 def measure(case: Case, *, seed: int = 0) -> SupportRow:
     """One row of the table."""
-    if case.package and importlib.util.find_spec(case.package) is None:
+    if case.package and not _installed(case.package):
         return SupportRow(case.family, case.name, failure=NOT_INSTALLED.format(case.package))
     try:
         return measure_row(case, seed)
     except Exception as error:  # every failure is a cell of the table
         return SupportRow(case.family, case.name, failure=_reason(error))
+
+
+def _installed(module: str) -> bool:
+    """Whether there is such a module; of one inside a package, another package of that name does not do."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def measure_row(case: Case, seed: int) -> SupportRow:
@@ -175,11 +183,11 @@ def check_compile(host: Host, images: Tensor) -> None:
 
 def check_export(host: Host, images: Tensor) -> None:
     """Any batch size, and the same output for another one than it was exported with."""
-    batch = torch.export.Dim("batch", min=1, max=64)
+    given = images[1:]
+    shapes = torch.export.ShapesCollection()  # by the tensor itself: a forward may call its argument *args
+    shapes[given] = {0: torch.export.Dim("batch", min=1, max=64)}
     with torch.no_grad():
-        exported = torch.export.export(
-            host.model, (images[1:],), dynamic_shapes=({0: batch},), strict=False
-        ).module()
+        exported = torch.export.export(host.model, (given,), dynamic_shapes=shapes, strict=False).module()
         got = host.output(exported(images))
     _expect_equal(got, run(host, images), host.depth)
 

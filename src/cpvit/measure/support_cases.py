@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from cpvit.measure.support_models import (
     Case,
+    clip_tower,
     dinov2_case,
+    dinov3_tower,
     open_clip_case,
+    original_case,
+    perception_tower,
     timm_case,
     torchvision_case,
     transformers_case,
@@ -24,6 +29,12 @@ _HF_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads"
 
 
 _HF_HUGE = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+
+
+_DINOV3_HUGE: dict[str, Any] = {
+    **{"width": 1280, "depth": 32, "heads": 20, "patch": 16, "grid": 14},
+    **{"ffn_layer": "swiglu", "ffn_ratio": 6.0},
+}
 
 
 _HF_SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
@@ -69,6 +80,10 @@ CASES: tuple[Case, ...] = (
     *_family("Perception Encoder", "vit_pe_core_tiny_patch16_384 vit_pe_spatial_base_patch16_512"),
     *_family("ViT, rotary", "vit_base_patch16_rope_224"),
     *_family("ViT, rotary per head", "vit_base_patch16_rope_mixed_224"),
+    *_family(
+        "NaFlexViT",
+        "naflexvit_base_patch16_gap naflexvit_so400m_patch16_siglip naflexvit_base_patch16_radio_v3",
+    ),
     *_family("BEiT", "beit_base_patch16_224 beit_large_patch16_512"),
     *_family("BEiT v2", "beitv2_base_patch16_224 beitv2_large_patch16_224"),
     *(open_clip_case(name, "open_clip ViT") for name in ("ViT-B-32", "ViT-L-14-quickgelu", "ViT-bigG-14")),
@@ -77,6 +92,20 @@ CASES: tuple[Case, ...] = (
     dinov2_case("dinov2_vits14"),
     dinov2_case("dinov2_vitg14"),
     dinov2_case("dinov2_vits14", ", registers", num_register_tokens=4),
+    original_case(
+        "dinov3", "dinov3_vits16", "DINOv3", dinov3_tower, width=384, depth=12, heads=6, patch=16, grid=14
+    ),
+    original_case("dinov3", "dinov3_vith16plus", "DINOv3", dinov3_tower, **_DINOV3_HUGE),
+    original_case(
+        "clip.model", "CLIP ViT-B/32", "CLIP", clip_tower, width=768, depth=12, heads=12, patch=32, grid=7
+    ),
+    original_case(
+        "core.vision_encoder",
+        "PE-Core-B16-224",
+        "Perception Encoder",
+        perception_tower,
+        **{"width": 768, "depth": 12, "heads": 12, "patch": 16, "grid": 14, "use_cls_token": True},
+    ),
     *(torchvision_case(name) for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")),
     transformers_case("ViTForImageClassification", "transformers ViT", ", base"),
     transformers_case("ViTForImageClassification", "transformers ViT", ", large", **_HF_LARGE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,8 +43,10 @@ def timm_case(
 
 def _small_timm(name: str, grid: tuple[int, int], arguments: Mapping[str, object]) -> nn.Module:
     with torch.device("meta"):
-        patch = timm.create_model(name).patch_embed.patch_size
-    small: nn.Module = timm.create_model(
+        full: Any = timm.create_model(name)
+        patch = getattr(full, "patch_embed", None) or full.embeds
+        patch = patch.patch_size
+    small: Any = timm.create_model(
         name,
         img_size=(grid[0] * patch[0], grid[1] * patch[1]),
         embed_dim=_width(patch[0]),
@@ -52,7 +55,10 @@ def _small_timm(name: str, grid: tuple[int, int], arguments: Mapping[str, object
         num_classes=CLASSES,
         **arguments,
     )
-    return small
+    if hasattr(small, "embeds"):  # takes images of any size
+        small.pretrained_cfg["input_size"] = (3, grid[0] * patch[0], grid[1] * patch[1])
+    model: nn.Module = small
+    return model
 
 
 def _width(patch: int) -> int:
@@ -178,6 +184,51 @@ def _open_clip_tower(name: str, values: Mapping[str, object]) -> nn.Module:
     return model
 
 
+def original_case(
+    package: str, name: str, family: str, build: Callable[..., nn.Module], **sizes: object
+) -> Case:
+    """Code that is no package of an index: its folder has to be on the path. ``build`` makes it of width, depth ..."""
+    small = {"width": _width(int(str(sizes["patch"]))), "depth": DEPTH, "heads": HEADS}
+    return Case(
+        f"{name} of the original code",
+        f"{family}, original code",
+        partial(build, **sizes),
+        partial(build, **{**sizes, **small, "grid": GRID[0]}),
+        package=package,
+        by_hand=True,
+    )
+
+
+def clip_tower(*, width: int, depth: int, heads: int, patch: int, grid: int) -> nn.Module:
+    """OpenAI's image tower."""
+    module: Any = importlib.import_module("clip.model")
+    model: nn.Module = module.VisionTransformer(grid * patch, patch, width, depth, heads, 512)
+    return model
+
+
+def dinov3_tower(*, width: int, depth: int, heads: int, patch: int, grid: int, **values: object) -> nn.Module:
+    """DINOv3 as it was released: with storage tokens and a mask on the bias of the keys."""
+    module: Any = importlib.import_module("dinov3.models.vision_transformer")
+    released = {"n_storage_tokens": 4, "layerscale_init": 1e-5, "mask_k_bias": True, **values}
+    model: Any = module.DinoVisionTransformer(
+        img_size=grid * patch, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, **released
+    )
+    model.init_weights()
+    built: nn.Module = model
+    return built
+
+
+def perception_tower(
+    *, width: int, depth: int, heads: int, patch: int, grid: int, **values: object
+) -> nn.Module:
+    """Meta's Perception Encoder."""
+    module: Any = importlib.import_module("core.vision_encoder.pe")
+    model: nn.Module = module.VisionTransformer(
+        patch, width, depth, heads, 4.0, image_size=grid * patch, **values
+    )
+    return model
+
+
 def dinov2_case(name: str, note: str = "", **values: object) -> Case:
     """Of the original repository, whose folder has to be on the path."""
     return Case(
@@ -195,8 +246,6 @@ def dinov2_case(name: str, note: str = "", **values: object) -> Case:
 
 
 def _dinov2_model(name: str, values: Mapping[str, object]) -> nn.Module:
-    import importlib
-
     module: Any = importlib.import_module("dinov2.models.vision_transformer")
     block = partial(module.Block, attn_class=module.MemEffAttention)
     sizes = _DINOV2_SIZES[name] | {"img_size": 518, "patch_size": 14, "block_chunks": 0, "init_values": 1.0}

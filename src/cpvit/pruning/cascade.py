@@ -258,22 +258,19 @@ class _Step:
         self.run = run
         self.number = number
 
-    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def __call__(self, given: Tensor | list[Tensor], *args: object, **kwargs: object) -> Any:
         # Cut to one length: dynamo of torch 2.5 takes strict=False for strict.
         names = self.run.cascade.host.positional[: len(args)]
         named = dict(zip(names, args[: len(names)], strict=True))
         run, host = self.run, self.run.cascade.host
-        tokens = run.step(self.number, x, {**named, **kwargs})
+        tokens = run.step(self.number, host.tokens(given), {**named, **kwargs})
         if host.blocks[self.number].module._forward_hooks:
-            self._call_hooks((x, *args), kwargs, run.for_hooks(tokens))
-        given = run.hand_out(tokens)
-        return (given,) if host.in_tuple else given
+            self._call_hooks((given, *args), kwargs, host.returned(run.for_hooks(tokens), given))
+        return host.returned(run.hand_out(tokens), given)
 
-    def _call_hooks(self, args: tuple[object, ...], kwargs: Mapping[str, object], tokens: Tensor) -> None:
+    def _call_hooks(self, args: tuple[object, ...], kwargs: Mapping[str, object], output: object) -> None:
         """Forward hooks on the host's block, which is not called itself, see what leaves it all the same."""
-        host = self.run.cascade.host
-        module = host.blocks[self.number].module
-        output = (tokens,) if host.in_tuple else tokens
+        module = self.run.cascade.host.blocks[self.number].module
         for key, hook in list(module._forward_hooks.items()):
             more = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
             if hook(module, args, *more, output) is not None:

@@ -159,7 +159,7 @@ def _first_difference(host: Host, image: Tensor, limit: float) -> int | None:
     expected: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        expected.append(output[0] if isinstance(output, tuple) else output)
+        expected.append(host.tokens(output))
 
     hooks = [block.module.register_forward_hook(keep) for block in host.blocks]
     try:

@@ -133,7 +133,7 @@ def _infer_timm(host: Host, plan: Plan) -> ModelSpec:
         "depth": host.depth,
         "num_heads": plan.num_heads[0],
     }
-    if isinstance(model.patch_embed, HybridEmbed):
+    if isinstance(getattr(model, "patch_embed", None), HybridEmbed):
         del arguments["patch_size"]  # that of its patches on the image; timm asks for the one on its features
     if rate := max(
         (module.drop_prob for module in model.modules() if isinstance(module, DropPath)), default=0
