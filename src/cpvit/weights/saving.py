@@ -221,9 +221,16 @@ def _read_saved(file: Path) -> SavedModel:
     try:
         spec = None if values["recipe"] is None else ModelSpec(**values["recipe"])
         fields: dict[str, Any] = {names.get(str(key), str(key)): value for key, value in values.items()}
-        return SavedModel(**{**fields, "spec": spec})
+        found = SavedModel(**{**fields, "spec": spec})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not what save_pruned wrote ({error}); save the model again") from None
+    dtype = getattr(torch, str(found.dtype), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"{file} is not what save_pruned wrote (its dtype is {found.dtype!r}, expected float32, bfloat16 ...); "
+            "save the model again"
+        )
+    return found
 
 
 def _read_weights(file: Path, plan: Path) -> dict[str, Tensor]:
@@ -247,8 +254,16 @@ def _build(saved: SavedModel, folder: Path) -> nn.Module:
             f"{folder} does not say how to build its model ({saved.no_spec}); build it, untouched, and give "
             "it: load_pruned(folder, model=...)"
         )
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-        return build(saved.spec)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+            return build(saved.spec)
+    except ImportError:
+        raise
+    except Exception as error:  # each library has errors of its own for arguments that are not its
+        raise ValueError(
+            f"{folder / MODEL} describes a model that cannot be built ({error}); save the model again, or build it, "
+            "untouched, and give it: load_pruned(folder, model=...)"
+        ) from error
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
