@@ -3,21 +3,30 @@
     python studies/search_seeds.py --checkpoint deit_tiny_patch16_224.safetensors --data imagenet-val-650.tar
 
 Each draw searches on 128 images, as ``cpvit plan`` does, and is compared with the curve that needs none on the images
-it did not draw. A schedule is run once for an image, however many draws ask for it.
+it did not draw. A schedule is run once for an image, however many draws ask for it. ``--json FILE`` keeps every draw.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpvit.adapters import open_host
 from cpvit.data import Preprocessing, find_samples, make_loader
+from cpvit.machine.environment import describe_environment
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence, logit_distances
 from cpvit.methods import method_named
 from cpvit.plans.costs import cost_model
@@ -30,7 +39,29 @@ from cpvit.weights.create import create_model
 from cpvit.weights.loading import load_checkpoint
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Draw:
+    """One draw of the calibration images; KL [nats] and agreement are of the images that were not drawn."""
+
+    seed: int
+    searched: float
+    """KL of the plan that was searched."""
+    curve: float
+    """KL of the curve that the search started from."""
+    agreement: float
+    """Of the plan that was searched."""
+    curve_agreement: float
+    moved: bool
+    """Whether the plan that was searched is not the curve."""
+    patches_per_block: tuple[int, ...]
+    """Of the plan that was searched."""
+
+    @property
+    def gain(self) -> float:
+        return self.curve - self.searched
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,24 +73,75 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--draws", type=int, default=10)
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write every draw into this file")
+    return parser
 
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise SystemExit(
+            f"--json {arguments.json}: there is no folder {arguments.json.parent}; make it first"
+        )
     model = create_model(arguments.model).eval()
     load_checkpoint(model, arguments.checkpoint)
     loader = make_loader(
         find_samples(arguments.data), Preprocessing.from_model(model), labels=None, batch_size=65
     )
     runs = Runs(model, torch.cat([batch.images for batch in loader]), arguments.method)
+    budgets = []
     for macs in arguments.macs:
-        found = [draw(runs, macs, arguments, seed) for seed in range(arguments.draws)]
-        searched, curve, agreed, moved = zip(*found, strict=True)
-        gains = [before - after for before, after in zip(curve, searched, strict=True)]
-        print(
-            f"{macs:.0%} of the MACs, {arguments.draws} draws: KL on the other images {spread(searched)} searched, "
-            f"{spread(curve)} by the curve; gain {spread(gains)}; agreement {spread(agreed)}; the search moved in "
-            f"{sum(moved)} draws ({len(runs.known)} schedules run so far)",
-            flush=True,
-        )
+        draws = [draw(runs, macs, arguments, seed) for seed in range(arguments.draws)]
+        print(described(macs, draws), f"({len(runs.known)} schedules run so far)", flush=True)
+        budgets.append({"macs": macs, "draws": [dataclasses.asdict(one) for one in draws]})
+    if arguments.json is not None:
+        write(arguments.json, record(arguments, len(runs.images), budgets))
+
+
+def described(macs: float, draws: Sequence[Draw]) -> str:
+    return (
+        f"{macs:.0%} of the MACs, {len(draws)} draws: KL on the other images "
+        f"{spread([one.searched for one in draws])} searched, {spread([one.curve for one in draws])} by the curve; "
+        f"gain {spread([one.gain for one in draws])}; agreement {spread([one.agreement for one in draws])}; "
+        f"the search moved in {sum(one.moved for one in draws)} draws"
+    )
+
+
+def record(arguments: argparse.Namespace, images: int, budgets: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was asked, what was found, where, and by which command: files without their folder."""
+    here = describe_environment(torch.device("cpu"), torch.float32, seed=0)
+    words = [Path(word).name if Path(word).is_file() else word for word in asked(sys.argv[1:])]
+    return {
+        "model": arguments.model,
+        "method": arguments.method,
+        "images": images,
+        "calibration": arguments.calibration,
+        "trials": arguments.trials,
+        "budgets": budgets,
+        "environment": dataclasses.asdict(here),
+        "made_by": {
+            "record": "SearchSeeds",
+            "command": shlex.join(["python", "studies/search_seeds.py", *words]),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+    }
+
+
+def asked(words: Sequence[str]) -> list[str]:
+    """The command line without the place of the record."""
+    found = list(words)
+    if "--json" in found:
+        place = found.index("--json")
+        del found[place : place + 2]
+    return [word for word in found if not word.startswith("--json=")]
+
+
+def write(path: Path, values: dict[str, Any]) -> None:
+    """Beside its place first, so that no half of a record is left."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(values, indent=1) + "\n")
+    beside.replace(path)
+    print(f"record: {path}")
 
 
 class Runs:
@@ -93,10 +175,8 @@ class Runs:
         return torch.cat(logits).log_softmax(dim=-1)
 
 
-def draw(
-    runs: Runs, macs: float, arguments: argparse.Namespace, seed: int
-) -> tuple[float, float, float, bool]:
-    """KL of the plan that was searched and of the curve, agreement of the former, and whether the two differ."""
+def draw(runs: Runs, macs: float, arguments: argparse.Namespace, seed: int) -> Draw:
+    """Search on the images of one draw, and compare with the curve on the others."""
     order = torch.randperm(len(runs.dense), generator=torch.Generator().manual_seed(seed))
     fit, rest = order[: arguments.calibration], order[arguments.calibration :]
     host = runs.host
@@ -118,16 +198,24 @@ def draw(
     )
     dense = part(runs.dense, rest)
     searched, start = runs.under(found.patches, rest), runs.under(found.start, rest)
-    moved = found.patches != found.start
-    return kl_divergence(dense, searched), kl_divergence(dense, start), agreement(dense, searched), moved
+    return Draw(
+        seed=seed,
+        searched=kl_divergence(dense, searched),
+        curve=kl_divergence(dense, start),
+        agreement=agreement(dense, searched),
+        curve_agreement=agreement(dense, start),
+        moved=found.patches != found.start,
+        patches_per_block=tuple(found.patches),
+    )
 
 
 def part(log_probs: Tensor, images: Tensor) -> Predictions:
     return Predictions(log_probs[images], None)
 
 
-def spread(values: tuple[float, ...] | list[float]) -> str:
-    return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; of one draw there is none."""
+    return f"{fmean(values):.4f} ± {stdev(values) if len(values) > 1 else float('nan'):.4f}"
 
 
 if __name__ == "__main__":

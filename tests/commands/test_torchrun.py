@@ -58,6 +58,20 @@ def test_an_evaluation_is_that_of_one_process(common: list[str], tmp_path: Path)
     assert two["kl"] == one["kl"], "to the last digit"
 
 
+def test_an_exported_file_is_evaluated_as_by_one_process(common: list[str], tmp_path: Path) -> None:
+    out, images = str(tmp_path / "tiny.pt2"), common.index("--data")
+    assert main(["export", *common[:images], "--macs", "0.7", "--to", "torch", "--out", out]) == 0
+    arguments = ["eval", "--exported", out, *common, "--workers", "1", "--json"]
+    assert main([*arguments, str(tmp_path / "one.json")]) == 0
+    printed = two_processes([*arguments, str(tmp_path / "two.json")])
+    assert printed.count("12 images") == 1, "only the first process prints"
+    one, two = (record(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert one["images"] == 12
+    assert {name: one[name] for name in ("images", "top1", "top5", "dense")} == {
+        name: two[name] for name in ("images", "top1", "top5", "dense")
+    }
+
+
 def test_a_search_finds_the_plan_of_one_process(common: list[str], tmp_path: Path) -> None:
     arguments = ["plan", *common, "--macs", "0.7", "--trials", "4", "--out"]
     assert main([*arguments, str(tmp_path / "one.json")]) == 0

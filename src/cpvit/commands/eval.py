@@ -138,19 +138,24 @@ def _exported(
             if described.preprocessing is not None
             else f"{path} does not say how images are prepared; export it anew with --mean and --std"
         )
-    source = open_source(data)
-    batches = make_loader(
-        source.limited(data.limit, data.seed),
-        described.preprocessing,
-        labels=label_map(source, described.num_outputs),
-        batch_size=data.batch_size,
-        num_workers=data.workers,
-        skip_bad_images=data.skip_bad_images,
-    )
-    dense = open_model(model, data=data.data) if model.model else None
-    result = evaluate_exported(opened, batches, dense=dense, seed=data.seed, progress=progress)
-    show(exported_text(result))
-    keep(result, output)
+    with joined(model) as processes:
+        source = open_source(data)
+        batches = make_loader(
+            source.limited(data.limit, data.seed),
+            described.preprocessing,
+            labels=label_map(source, described.num_outputs),
+            batch_size=data.batch_size,
+            num_workers=data.workers,
+            skip_bad_images=data.skip_bad_images,
+            rank=0 if processes is None else processes.rank,
+            world_size=1 if processes is None else processes.world_size,
+        )
+        dense = open_model(model, data=data.data) if model.model else None
+        result = evaluate_exported(
+            opened, batches, dense=dense, seed=data.seed, progress=progress, processes=processes
+        )
+        show(exported_text(result))
+        keep(result, output, processes)
 
 
 def _zero_shot(

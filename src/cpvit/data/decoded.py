@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -34,6 +34,10 @@ class DecodedBatches(Batches):
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def picked(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """As of the loader, from the files."""
+        return self._batches.picked(keys)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._first_time() if self._kept is None else self._again(self._kept)

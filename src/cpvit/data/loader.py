@@ -200,7 +200,9 @@ def make_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        pin_memory=False,
+        # A loader is iterated once for each model: the workers stay. Pinned memory is for a GPU to fetch from.
+        persistent_workers=num_workers > 0,
+        pin_memory=num_workers > 0 and torch.cuda.is_available(),
         # Its own generator, because a DataLoader otherwise draws from the global one at each iteration.
         generator=torch.Generator(),
     )

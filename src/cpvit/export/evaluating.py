@@ -11,6 +11,7 @@ from cpvit.data import Batches
 from cpvit.export.description import Description, ExportError
 from cpvit.export.runtimes import ExportedModel
 from cpvit.machine.environment import Environment, describe_environment
+from cpvit.machine.processes import Processes, gathered
 from cpvit.measure.evaluate import Progress, no_progress, predict
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
 
@@ -54,6 +55,7 @@ def evaluate_exported(
     dense: Host | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
+    processes: Processes | None = None,
 ) -> ExportedEval:
     """Run an exported file, and a dense model if there is one, over the same labelled images.
 
@@ -63,13 +65,17 @@ def evaluate_exported(
         dense: An untouched model with as many outputs.
         seed: Only recorded.
         progress: Shows how far each pass is.
+        processes: Those that share the work, each with batches of its own share; the result is that of all images.
 
     Raises:
         ExportError: Images of another size or number than the file takes, or a dense model of other classes.
         ValueError: The images have no labels.
     """
-    wanted = None if dense is None else predict(dense, batches, title="dense", progress=progress)
-    found = _predict(exported, batches, progress)
+    wanted = None
+    if dense is not None:
+        wanted = predict(dense, batches, title="dense", progress=progress, processes=processes)
+    found = _predict(exported, batches, progress, processes)
+    skipped = gathered(list(batches.skipped), processes)
     if wanted is not None and wanted.log_probs.shape != found.log_probs.shape:
         raise ExportError(
             f"{exported.path} has {found.log_probs.shape[1]} classes and the dense model {wanted.log_probs.shape[1]}; "
@@ -82,8 +88,8 @@ def evaluate_exported(
         top1=found.top(1),
         top5=found.top(5),
         images=len(found.log_probs),
-        images_skipped=len(batches.skipped),
-        skipped=tuple(batches.skipped),
+        images_skipped=len(skipped),
+        skipped=tuple(skipped),
         dense=None if wanted is None else _next_to(wanted, found),
         environment=describe_environment(device, torch.float32, seed),
     )
@@ -98,7 +104,9 @@ def _next_to(wanted: Predictions, found: Predictions) -> NextToDense:
     )
 
 
-def _predict(exported: ExportedModel, batches: Batches, progress: Progress) -> Predictions:
+def _predict(
+    exported: ExportedModel, batches: Batches, progress: Progress, processes: Processes | None
+) -> Predictions:
     log_probs, labels = [], []
     for batch in progress(batches, "exported", len(batches)):
         if batch.labels is None:
@@ -107,7 +115,8 @@ def _predict(exported: ExportedModel, batches: Batches, progress: Progress) -> P
             )
         log_probs.append(_outputs(exported, batch.images).float().log_softmax(dim=-1))
         labels.append(batch.labels)
-    return Predictions(torch.cat(log_probs), torch.cat(labels))
+    shares = gathered(list(zip(log_probs, labels, strict=True)), processes)
+    return Predictions(torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares]))
 
 
 def _outputs(exported: ExportedModel, images: torch.Tensor) -> torch.Tensor:
