@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,20 +70,16 @@ def family(pid: int) -> list[psutil.Process]:
 def kill(processes: list[psutil.Process]) -> None:
     """At once, whatever they do."""
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
 
 
 def end(child: Child) -> int:
     """Kill it and all it has started; its exit status."""
     kill(family(child.pid))
     status = wait(child)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # those whose parent was gone already
-    except ProcessLookupError:
-        pass
     assert status is not None, "a killed process did not end"
     return status
 

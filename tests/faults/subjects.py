@@ -138,7 +138,6 @@ def line_of(name: str, out: Path) -> list[str]:
         "sweep": [
             *asked("sweep"), *calibrated, "--methods", "cpvit,cpvit-merge,tome", "--macs", "0.8,0.6",
             "--json", str(out / "record.json"), "--plot", str(out / "curve.png"),
-            "--report", str(out / "page.html"),
         ],
         "report": ["report", "--quiet", str(made.record), "--out", str(out / "page.html")],
     }  # fmt: skip
@@ -150,7 +149,17 @@ def subjects() -> dict[str, Subject]:
     commands()
     found = [
         Subject(name, _command(name), again=name in ("finetune", "plan", "predict", "embed"))
-        for name in ("finetune", "plan", "export", "export torch", "predict", "embed", "eval", "sweep", "report")
+        for name in (
+            "finetune",
+            "plan",
+            "export",
+            "export torch",
+            "predict",
+            "embed",
+            "eval",
+            "sweep",
+            "report",
+        )
     ]
     found.append(Subject("finetune, two processes", _together("finetune"), again=True, processes=2))
     found.append(Subject("save_pruned", _saving))

@@ -144,6 +144,9 @@ def export(
             seconds=time.perf_counter() - start,
         )
         beside(made).write_text(json.dumps(_report(found), indent=2) + "\n")
+        if target.suffix == SUFFIXES["openvino"]:
+            # Two files: until both are there none is, for the old graph must not meet the new weights.
+            target.unlink(missing_ok=True)
         # The file that names the others comes last, so that a reader never meets it without them.
         for file in sorted(made.parent.iterdir(), key=lambda file: file.name == target.name):
             file.replace(target.parent / file.name)
