@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import warnings
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
