@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -198,3 +199,44 @@ def two_processes(arguments: list[str], folder: Path) -> str:
     done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300, env=_environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_an_error_that_only_pyarrow_knows_is_one_line(
+    weights: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import pyarrow
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise pyarrow.ArrowException("Failed to launch worker thread")
+
+    monkeypatch.setattr("cpvit.commands.bulk.list_source", fail)
+    assert main([*asked("predict", weights, folder, tmp_path / "out"), "--quiet"]) == 1
+    assert capsys.readouterr().err.strip() == "cpvit: error: pyarrow: Failed to launch worker thread"
+
+
+def test_a_machine_without_open_files_is_no_bad_image(
+    weights: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would become a row without values, in a run that says it is done."""
+    out, read = tmp_path / "out", Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "0012.png":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return read(path)
+
+    line = asked("predict", weights, folder, out, *MERGED)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert main(line) == 1
+    assert "0012.png: Too many open files" in capsys.readouterr().err
+    assert main([*line, "--resume"]) == 0
+    assert whole(out)["error"].null_count == COUNT

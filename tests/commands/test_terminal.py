@@ -14,7 +14,7 @@ import pytest
 
 from cpvit.commands import terminal
 from cpvit.commands.cli import main, run_cli
-from cpvit.commands.terminal import TerminalOptions, progress, say, show, stage_bar, typed_command
+from cpvit.commands.terminal import TerminalOptions, complain, progress, say, show, stage_bar, typed_command
 
 ESCAPE = "\x1b["
 
@@ -154,3 +154,16 @@ def test_a_record_has_the_command_and_a_report_is_made_of_it(tmp_path: Path) -> 
     text = io.StringIO(page.read_text()).read()
     assert "cpvit benchmark --model test_vit --batch-size 1" in text
     assert '<section id="speed">' in text
+
+
+def test_an_error_is_said_even_where_no_file_can_be_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich imports parts of itself late."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("rich.console.Console.print", fail)
+    complain("cpvit", "no more files [here]")
+    assert capsys.readouterr().err == "cpvit: error: no more files [here]\n"

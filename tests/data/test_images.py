@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pictures import encoded, noise
@@ -10,6 +14,7 @@ from PIL import Image, ImageFile
 from cpvit.data import (
     BadImageError,
 )
+from cpvit.data.folders import FolderReader
 from cpvit.data.images import decode
 
 
@@ -92,3 +97,16 @@ def test_decompression_bombs(monkeypatch: pytest.MonkeyPatch, limit: int) -> Non
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(BadImageError, match=r"bomb\.jpg: Image size \(391 pixels\) exceeds limit"):
         decode(encoded(noise(1)), "bomb.jpg")
+
+
+def test_a_machine_without_open_files_is_no_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is wrong with the image: it must not be skipped."""
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match=r"cannot read image .*a\.png: Too many open files"):
+        FolderReader(tmp_path).read("a.png")

@@ -8,9 +8,26 @@ from itertools import count
 
 import torch
 
-from tests.faults import properties
+from tests.faults import concurrency, kills, properties, resources
 from tests.faults.campaign import Case, run
 from tests.faults.fuzzing import fuzzers
+
+SHARES = {"properties": 0.25, "fuzzing": 0.25, "kills": 0.25, "resources": 0.15, "concurrency": 0.1}
+"""Of the time, for all campaigns whose name begins so."""
+
+
+def campaigns() -> dict[str, Case]:
+    """By name."""
+    found: dict[str, Case] = {"properties": properties.case}
+    found |= {f"fuzzing: {name}": case for name, case in fuzzers().items()}
+    return found | kills.campaigns() | resources.campaigns() | concurrency.campaigns()
+
+
+def shares(names: list[str]) -> dict[str, float]:
+    """Of the time, for each of these; they add up to 1."""
+    kinds = [name.split(":")[0] for name in names]
+    found = {name: SHARES[kind] / kinds.count(kind) for name, kind in zip(names, kinds, strict=True)}
+    return {name: share / sum(found.values()) for name, share in found.items()}
 
 
 def main() -> int:
@@ -18,20 +35,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="for all campaigns together")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the others count on from it")
     parser.add_argument("--cases", type=int, default=None, help="at most so many of each campaign")
-    parser.add_argument("--only", default="", help="campaigns whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="campaigns whose name holds one of these")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    campaigns: dict[str, Case] = {"properties": properties.case}
-    campaigns |= {f"fuzzing: {name}": case for name, case in fuzzers().items()}
-    chosen = {name: case for name, case in campaigns.items() if asked.only in name}
+    known = campaigns()
+    chosen = [name for name in known if any(part in name for part in asked.only)]
     if not chosen:
-        parser.error(f"no campaign is called {asked.only!r}; there are {', '.join(campaigns)}")
-    shares = {name: 0.5 if name == "properties" else 0.5 / len(fuzzers()) for name in chosen}
+        parser.error(f"no campaign is called {asked.only!r}; there are {', '.join(known)}")
     failed = 0
-    for name, case in chosen.items():
-        seconds = 60 * asked.minutes * shares[name] / sum(shares.values())
+    for name, share in shares(chosen).items():
         seeds = count(asked.seed) if asked.cases is None else range(asked.seed, asked.seed + asked.cases)
-        tally = run(name, case, seeds, seconds=seconds)
+        tally = run(name, known[name], seeds, seconds=60 * asked.minutes * share)
         print(tally.summary(), flush=True)
         failed += len(tally.failures)
     return bool(failed)

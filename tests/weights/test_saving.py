@@ -523,6 +523,25 @@ class TestDamage:
         with pytest.raises(ValueError, match=words):
             load_pruned(saved)
 
+    @pytest.mark.parametrize("dtype", ["float33", "int8", "nn", 3])
+    def test_a_dtype_that_is_none(self, saved: Path, dtype: object) -> None:
+        values = json.loads((saved / "model.json").read_text())
+        (saved / "model.json").write_text(json.dumps({**values, "dtype": dtype}))
+        with pytest.raises(
+            ValueError, match=r"model.json is not what save_pruned wrote \(its dtype is .*save the"
+        ):
+            load_pruned(saved)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("global_pool", "tokin"), ("depth", "x"), ("nonsense", 1), ("num_heads", 0)]
+    )
+    def test_arguments_that_build_nothing(self, saved: Path, name: str, value: object) -> None:
+        values = json.loads((saved / "model.json").read_text())
+        values["recipe"]["arguments"][name] = value
+        (saved / "model.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"model.json describes a model that cannot be built \("):
+            load_pruned(saved)
+
     def test_a_damaged_plan(self, saved: Path) -> None:
         (saved / "plan.json").write_text("{}")
         with pytest.raises(ValueError, match=r"cannot read the plan .*plan.json: not a plan"):
@@ -551,6 +570,24 @@ class TestModelSpecs:
         pytest.importorskip("transformers")
         with pytest.raises(ValueError, match=r"BertModel is not a class of transformers that cpvit knows"):
             build(ModelSpec("transformers", "BertModel", {}, {}))
+
+    @pytest.mark.parametrize("name", ["hf-hub:somebody/model", "local-dir:/tmp", "nothing"])
+    def test_names_of_the_hub_are_not_fetched(self, name: str) -> None:
+        with pytest.raises(ValueError, match=r"is not an architecture of timm"):
+            build(ModelSpec("timm", name, {}, {}))
+
+    @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "pretrained"])
+    def test_a_description_cannot_have_other_files_opened(self, name: str) -> None:
+        with pytest.raises(ValueError, match=rf"{name} is no argument of the architecture test_vit"):
+            build(ModelSpec("timm", "test_vit", {name: "somewhere.pth"}, {}))
+
+    def test_a_description_cannot_have_kernels_fetched(self) -> None:
+        pytest.importorskip("transformers")
+        arguments = {"vision_config": {"attn_implementation": "somebody/kernel"}}
+        with pytest.raises(
+            ValueError, match=r"asks for code of the hub \(attn_implementation='somebody/kernel'\)"
+        ):
+            build(ModelSpec("transformers", "ViTModel", arguments, {}))
 
     def test_without_transformers_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 INSTALL = {
@@ -32,3 +34,15 @@ def required(module: str) -> ModuleType:
         raise MissingPackageError(
             f"{module} is needed for this and cannot be imported ({error}): pip install {INSTALL[module]}"
         ) from error
+
+
+@contextmanager
+def arrow_errors() -> Iterator[None]:
+    """Inside, what only pyarrow calls an error (no thread could be started) is an OSError as everywhere else."""
+    pyarrow = required("pyarrow")
+    try:
+        yield
+    except pyarrow.ArrowException as error:
+        if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, MemoryError)):
+            raise
+        raise OSError(f"pyarrow: {error}") from error

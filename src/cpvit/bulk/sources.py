@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cpvit.bulk.index import Index
 from cpvit.bulk.requirements import required
 from cpvit.data.archives import errors_named, read_extent
-from cpvit.data.images import bad_image
+from cpvit.data.images import bad_image, unreadable
 
 
 class Source(Protocol):
@@ -58,7 +58,7 @@ class FilesSource:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise bad_image(str(path), error.strerror or str(error)) from error
+            raise unreadable(str(path), error) from error
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class DatasetSource:
         try:
             return Path(image["path"]).read_bytes()
         except OSError as error:
-            raise bad_image(image["path"], error.strerror or str(error)) from error
+            raise unreadable(image["path"], error) from error
 
 
 def load_dataset(folder: Path) -> Any:

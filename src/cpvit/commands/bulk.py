@@ -19,7 +19,7 @@ from cpvit.bulk.listing import list_source, open_listed
 from cpvit.bulk.models import BulkModel, exported_model, torch_model
 from cpvit.bulk.parts import Parts, part_schema
 from cpvit.bulk.ray_engine import run_on_ray
-from cpvit.bulk.requirements import required
+from cpvit.bulk.requirements import arrow_errors, required
 from cpvit.bulk.result import BulkResult, bulk_text
 from cpvit.bulk.running import Job, run_parts
 from cpvit.bulk.sources import Source
@@ -62,7 +62,7 @@ def run_bulk(request: BulkRequest, json: Path | None) -> None:
     """
     check_request(request)
     required("pyarrow")
-    with joined(request.model, patience=PATIENCE) as processes:
+    with arrow_errors(), joined(request.model, patience=PATIENCE) as processes:
         model = _build_model(request)
         job = _job(request, model, _listed(request, processes))
         missing = _missing(request, job, processes)

@@ -84,6 +84,11 @@ def run_cli(
         return 130
     except BrokenPipeError:
         return 1
+    except (MemoryError, ImportError) as error:
+        reason = str(error) or "there is none left"
+        what = "out of memory" if isinstance(error, MemoryError) else "a package cannot be loaded"
+        complain(prog, _one_line(f"{what}: {reason}"))
+        return 1
     except USER_ERRORS as error:
         complain(prog, _one_line(str(error) or type(error).__name__))
         return 1

@@ -13,6 +13,7 @@ import torch
 from cpvit.adapters import SUPPORTED, UnsupportedModelError
 from cpvit.commands.common import open_named, progress, say
 from cpvit.commands.tables import table
+from cpvit.machine.files import write_atomically
 from cpvit.weights.create import ORIGINAL_MODELS
 
 
@@ -33,7 +34,7 @@ def run(pattern: str = "", json: Path | None = None) -> None:
         )
     )
     if json is not None:
-        json.write_text(jsonlib.dumps(rows, indent=2) + "\n")
+        write_atomically(json, jsonlib.dumps(rows, indent=2) + "\n")
         say(f"record: {json}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cpvit.commands.options import RecordOptions
 from cpvit.commands.terminal import say, typed_command
+from cpvit.machine.files import write_atomically
 from cpvit.machine.processes import Processes
 from cpvit.report import check_requirements, read_record, write_report
 
@@ -43,7 +44,7 @@ def write_record(result: object, path: Path | None, processes: Processes | None 
     """Write a result's record as JSON, if asked for; the first of several processes does."""
     if path is None or not is_first(processes):
         return
-    path.expanduser().write_text(json.dumps(record_of(result), indent=2, default=str) + "\n")
+    write_atomically(path.expanduser(), json.dumps(record_of(result), indent=2, default=str) + "\n")
     say(f"record: {path}")
 
 

@@ -6,6 +6,7 @@ Colours are rich's: on a terminal only, never with NO_COLOR set.
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from rich.theme import Theme
 
 T = TypeVar("T")
@@ -105,9 +107,11 @@ def say(text: str) -> None:
 
 def complain(prog: str, text: str) -> None:
     """An error, as one line on stderr."""
-    console = _stderr()
-    console.print(f"{prog}: error:", style="error", end=" ", highlight=False, markup=False)
-    console.print(text, markup=False, highlight=False, emoji=False)
+    try:
+        line = Text.assemble((f"{prog}: error:", "error"), " ", text)
+        _stderr().print(line, highlight=False)
+    except (OSError, ImportError, MemoryError):  # nothing is left that colours could be imported with
+        sys.stderr.write(f"{prog}: error: {text}\n")
 
 
 def _stderr() -> Console:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cpvit.data.images import bad_image, decode
+from cpvit.data.images import decode, unreadable
 from cpvit.data.layout import (
     choose_split,
     classes_by_first_folder,
@@ -33,7 +33,7 @@ class FolderReader:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise bad_image(str(path), error.strerror or str(error)) from error
+            raise unreadable(str(path), error) from error
         return decode(data, str(path))
 
     def select(self, keys: Iterable[str]) -> FolderReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ def bad_image(name: str, cause: str) -> BadImageError:
     return BadImageError(f"cannot read image {name}: {cause}; repair or remove it{SKIP_HINT}")
 
 
+_OF_THE_MACHINE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def unreadable(path: str, error: OSError) -> BadImageError | OSError:
+    """What to raise where a file cannot be read: a bad image, unless it is the machine that has no more of something.
+
+    Such an image must not be skipped or become a row without values: nothing is wrong with it.
+    """
+    if error.errno in _OF_THE_MACHINE:
+        return OSError(error.errno, f"cannot read image {path}: {error.strerror}")
+    return bad_image(path, error.strerror or str(error))
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode `data` to an RGB image in memory.
 
@@ -35,6 +49,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
     Raises:
         BadImageError: The data is empty, truncated, corrupt, not an image, or far too large.
+        OSError: The machine has no more files to open.
     """
     if not data:
         raise bad_image(name, "the file is empty")
@@ -46,6 +61,8 @@ def decode(data: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise bad_image(name, "Pillow does not recognise it as an image") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
         # Broken files make Pillow's plugins raise almost anything (OSError, SyntaxError, struct.error, ...).
         raise bad_image(name, str(error) or type(error).__name__) from error
 

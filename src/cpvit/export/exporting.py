@@ -144,10 +144,18 @@ def export(
             seconds=time.perf_counter() - start,
         )
         beside(made).write_text(json.dumps(_report(found), indent=2) + "\n")
-        # The file that names the others comes last, so that a reader never meets it without them.
-        for file in sorted(made.parent.iterdir(), key=lambda file: file.name == target.name):
-            file.replace(target.parent / file.name)
+        put(made.parent, target)
     return found
+
+
+def put(folder: Path, target: Path) -> None:
+    """Move the files of an export to their places; what is killed meanwhile leaves a whole export, or none."""
+    if any(file.name not in (target.name, beside(target).name) for file in folder.iterdir()):
+        # Weights of their own: the old graph must never meet the new ones.
+        target.unlink(missing_ok=True)
+    # The file that names the others comes last, so that a reader never meets it without them.
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
+        file.replace(target.parent / file.name)
 
 
 def _check_options(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cpvit.machine.files import remove_leftovers, replacing
+from cpvit.machine.files import os_errors, remove_leftovers, replacing
 
 VERSION = 1
 """Of the file's layout."""
@@ -118,17 +118,6 @@ def load_state(path: Path) -> TrainingState:
         evaluations=tuple(Evaluation(**values) for values in rest["evaluations"]),
         seconds=rest["seconds"],
     )
-
-
-class os_errors:  # noqa: N801 -- reads as a word in a with statement
-    """safetensors reports a full disk as an error of its own; inside it is an OSError as everywhere else."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, safetensors.SafetensorError):
-            raise OSError(str(error)) from None
 
 
 def _metadata(rest: dict[str, Any]) -> dict[str, str]:

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside the file and then take its place; the old content stays until the new one is complete."""
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path) as temporary:
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing is to take its place
+        path.write_bytes(data)
+        return
+    with replacing(path.resolve() if path.is_symlink() else path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -42,6 +47,17 @@ def remove_leftovers(path: Path) -> None:
     """Remove what a process that was killed while writing ``path`` has left beside it."""
     for leftover in path.parent.glob(f"{_prefix(path)}*"):
         leftover.unlink(missing_ok=True)
+
+
+class os_errors:  # noqa: N801 -- reads as a word in a with statement
+    """safetensors reports a full disk as an error of its own; inside it is an OSError as everywhere else."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, safetensors.SafetensorError):
+            raise OSError(str(error)) from None
 
 
 def _prefix(path: Path) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cpvit.machine.files import replacing
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0579a", "#c98a00", "#3a9bd1", "#767676", "#8c564b")
 """After Okabe and Ito: told apart by people who do not see red or green."""
 MARKERS = "os^Dv<>p"
@@ -72,6 +74,6 @@ def draw_curve(
         axes.spines[["top", "right"]].set_visible(False)
     divergence.legend(frameon=False, loc="best")
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=140)
     return path

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cpvit.machine.files import replacing
 from cpvit.pictures.patches import MIN_SIDE, paint_block, to_picture
 
 if TYPE_CHECKING:
@@ -178,8 +179,9 @@ def _write_figure(
             _show(axes[row][column], paint_block(image, stage.positions[row], carrier, grid))
         if titles is not None:
             axes[row][0].set_ylabel(titles[row], rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.12, facecolor="white")
+    looks = {"dpi": _DPI, "bbox_inches": "tight", "pad_inches": 0.12, "facecolor": "white"}
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", **looks)
     return path
 
 

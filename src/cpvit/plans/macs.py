@@ -26,6 +26,8 @@ def count_macs(model: nn.Module) -> int:
 
 def host_macs(host: Host) -> int:
     """:func:`count_macs` for a model that is opened already."""
+    # Weights of no value must not be seen by threads that call the model meanwhile: layer norm takes them for none.
+    host = host.copy_sharing_weights()
     counter = FlopCounterMode(display=False)
     # In inference mode the counter of torch 2.5 sees whole layers, which it has no formula for: it would say 0.
     # Where the weights are real, gradients keep the attention away from its padded buffers.

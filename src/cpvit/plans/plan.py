@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpvit.plans.json_text import parse_json
+from cpvit.plans.json_text import parse_json, write_text
 
 PLAN_VERSION = 1
 
@@ -78,7 +78,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(self.to_json())
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

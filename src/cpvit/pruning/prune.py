@@ -39,7 +39,11 @@ def prune_(
 ) -> Plan:
     """Make a model prune its patches and heads while it runs; ``model(images)`` keeps working.
 
-    A model that is pruned already is restored first, so the ratio can be changed on a live model.
+    A model that is pruned already is restored first, so the ratio can be changed on a live model. Threads may call a
+    pruned model, but not while it is pruned or unpruned: meanwhile a call gives the answer of the state before, after
+    or in between (dense), or raises PruningBypassError; where heads are cut it may fail otherwise or give a wrong
+    answer, since weights are replaced one after another. Hold a lock, or prune a copy and let it take the model's
+    place. ``record`` shows the forwards of all threads.
 
     Args:
         model: A Vision Transformer of a supported family; changed in place.
@@ -150,6 +154,8 @@ def _reinstate(host: Host, before: CascadeContainer | None) -> None:
 
 def unprune_(model: nn.Module) -> None:
     """Restore the untouched model, bit for bit; nothing happens if it is not pruned.
+
+    As with :func:`prune_`, no other thread should call the model meanwhile.
 
     Raises:
         ValueError: The model was loaded with heads cut: what they were is not in the file.

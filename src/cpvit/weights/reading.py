@@ -193,10 +193,15 @@ def _damaged(error: Exception) -> CheckpointError:
     return CheckpointError(f"is truncated, damaged or not supported ({_reason(error)}); download it again")
 
 
+_LONGEST_REASON = 200
+"""Letters: a damaged zip is reported with whole pieces of its content."""
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of the message; torch's run to paragraphs."""
-    text = re.sub(r"(?s).*WeightsUnpickler error:", "", str(error)).strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0]
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    sentence = text.splitlines()[0].split(". ")[0]
+    return sentence if len(sentence) <= _LONGEST_REASON else f"{sentence[:_LONGEST_REASON]}..."
 
 
 def _unwrapped(content: object) -> tuple[str | None, dict[str, Tensor]]:

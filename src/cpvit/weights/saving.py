@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
-from cpvit.machine.files import replacing
+from cpvit.machine.files import os_errors, replacing
 from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed
@@ -86,6 +86,7 @@ def save_pruned(
 
     Raises:
         ValueError: The model is not pruned, or the path is a file, or push_to_hub is no repository's name.
+        OSError: It cannot be written (disk full ...); a model that was saved there before stays.
 
     Example:
         >>> save_pruned(model, "deit_small_60")  # doctest: +SKIP
@@ -142,7 +143,16 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     network = _build(saved, source) if model is None else model
     # The corrected projections are in the file: here heads are cut only to make room for them.
     host = open_host(network)
-    prune_host(host, plan.uncorrected, dense_features=saved.dense_features)
+    try:
+        prune_host(host, plan.uncorrected, dense_features=saved.dense_features)
+    except (
+        AssertionError,
+        LookupError,
+        AttributeError,
+    ) as error:  # the library's own, of sizes that do not fit
+        raise ValueError(
+            f"{source / MODEL} describes a model that does not run ({error}); save the model again"
+        ) from error
     try:
         _check_fit(network, tensors, source)
     except ValueError:
@@ -185,7 +195,7 @@ def _describe(
 
 def _write(folder: Path, tensors: dict[str, Tensor], plan: Plan, saved: SavedModel) -> None:
     plan.save(folder / PLAN)
-    with replacing(folder / WEIGHTS) as temporary:
+    with replacing(folder / WEIGHTS) as temporary, os_errors():
         save_file(tensors, temporary, metadata={"format": "pt", "plan": _digest(folder / PLAN)})
     values = {KEYS.get(name, name): value for name, value in dataclasses.asdict(saved).items()}
     (folder / MODEL).write_text(json.dumps(values, indent=2) + "\n")
@@ -221,9 +231,16 @@ def _read_saved(file: Path) -> SavedModel:
     try:
         spec = None if values["recipe"] is None else ModelSpec(**values["recipe"])
         fields: dict[str, Any] = {names.get(str(key), str(key)): value for key, value in values.items()}
-        return SavedModel(**{**fields, "spec": spec})
+        found = SavedModel(**{**fields, "spec": spec})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is not what save_pruned wrote ({error}); save the model again") from None
+    dtype = getattr(torch, str(found.dtype), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"{file} is not what save_pruned wrote (its dtype is {found.dtype!r}, expected float32, bfloat16 ...); "
+            "save the model again"
+        )
+    return found
 
 
 def _read_weights(file: Path, plan: Path) -> dict[str, Tensor]:
@@ -247,8 +264,16 @@ def _build(saved: SavedModel, folder: Path) -> nn.Module:
             f"{folder} does not say how to build its model ({saved.no_spec}); build it, untouched, and give "
             "it: load_pruned(folder, model=...)"
         )
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-        return build(saved.spec)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+            return build(saved.spec)
+    except ImportError:
+        raise
+    except Exception as error:  # each library has errors of its own for arguments that are not its
+        raise ValueError(
+            f"{folder / MODEL} describes a model that cannot be built ({error}); save the model again, or build it, "
+            "untouched, and give it: load_pruned(folder, model=...)"
+        ) from error
 
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -76,7 +76,7 @@ def build(spec: ModelSpec) -> nn.Module:
     """The untouched model with fresh weights, in eval mode.
 
     Raises:
-        ValueError: A model spec of an unknown library or class.
+        ValueError: A model spec of an unknown library or class, or one that would load more than code that is here.
         ImportError: The library is not installed.
     """
     builders: dict[str, Callable[[ModelSpec], nn.Module]] = {
@@ -148,7 +148,16 @@ def _preprocessing(model: Any) -> dict[str, Any]:
     return _plain({key: config[key] for key in PREPROCESSING if key in config})
 
 
+_LOADING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of ``timm.create_model`` that have it open files or the network."""
+
+
 def _build_timm(spec: ModelSpec) -> nn.Module:
+    # A folder may come from anybody: the names of the hub, and what loads weights, would reach beyond it.
+    if not timm.is_model(spec.name):
+        raise ValueError(f"{spec.name!r} is not an architecture of timm")
+    if loading := [name for name in _LOADING if name in spec.arguments]:
+        raise ValueError(f"{loading[0]} is no argument of the architecture {spec.name}; leave it out")
     model: Any = timm.create_model(spec.name, pretrained=False, **_tuples(spec.arguments))
     model.pretrained_cfg.update(_tuples(spec.preprocessing))
     return model
@@ -206,9 +215,25 @@ def _build_transformers(spec: ModelSpec) -> nn.Module:
     kind: Any = getattr(owner, name, None)
     if not _is_image_model(kind, transformers.PreTrainedModel):
         raise ValueError(f"{spec.name} is not a class of transformers that cpvit knows")
+    if remote := _remote_code(spec.arguments):
+        raise ValueError(
+            f"the configuration of {spec.name} asks for code of the hub ({remote}); take that out"
+        )
     # from_dict changes its argument.
     model: nn.Module = kind(kind.config_class.from_dict(dict(spec.arguments)))
     return model
+
+
+def _remote_code(values: object) -> str | None:
+    """The first entry of a configuration that names a kernel of the hub, which transformers would download."""
+    if not isinstance(values, Mapping):
+        return None
+    for name, value in values.items():
+        if str(name).endswith("_implementation") and "/" in str(value):
+            return f"{name}={value!r}"
+        if (found := _remote_code(value)) is not None:
+            return found
+    return None
 
 
 def _is_image_model(kind: Any, base: type) -> bool:

@@ -1,0 +1,99 @@
+"""Child processes of one that has imported everything: forked, watched, killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BUG = 70
+"""Exit status of a child in which something was raised that no command turns into an error."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process in a session of its own."""
+
+    pid: int
+    said: Path
+    """What it writes to stderr."""
+
+
+def start(work: Callable[[], int], said: Path) -> Child:
+    """A child that does the work, whose result is its exit status."""
+    pid = os.fork()
+    if pid:
+        return Child(pid, said)
+    try:
+        os.setsid()
+        with Path(os.devnull).open("w") as nowhere, said.open("w") as stream:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = work()
+            sys.stderr.flush()
+        os._exit(status)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        os._exit(BUG)
+
+
+def wait(child: Child, seconds: float = 300.0) -> int | None:
+    """Its exit status, minus the signal that ended it, or None if it runs on."""
+    end = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child.pid, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started, also those in sessions of their own."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """At once, whatever they do."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+
+def end(child: Child) -> int:
+    """Kill it and all it has started; its exit status."""
+    kill(family(child.pid))
+    status = wait(child)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # those whose parent was gone already
+    assert status is not None, "a killed process did not end"
+    return status
+
+
+def finished(work: Callable[[], int], said: Path, seconds: float = 300.0) -> tuple[int, float]:
+    """Exit status of a child that does the work, and the seconds it took.
+
+    Raises:
+        AssertionError: It did not end in that time; it is killed then.
+    """
+    begun = time.monotonic()
+    child = start(work, said)
+    status = wait(child, seconds)
+    if status is None:
+        end(child)
+        raise AssertionError(f"still running after {seconds:.0f} s")
+    return status, time.monotonic() - begun
