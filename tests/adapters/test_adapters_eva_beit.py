@@ -490,6 +490,13 @@ def test_refusals_name_the_model_and_the_reason(name: str, reason: str) -> None:
         open_host(model)
 
 
+def test_a_block_without_an_attention_of_its_own_is_refused() -> None:
+    model = vision_transformer.VisionTransformer(img_size=32, embed_dim=8, depth=2, num_heads=1)
+    model.blocks[1] = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="block 1 of VisionTransformer is a Identity"):
+        open_host(model)
+
+
 def test_a_class_derived_from_a_refused_one_gets_its_reason() -> None:
     model = type("MyDetector", (type("ResNet", (nn.Module,), {}),), {})()
     with pytest.raises(UnsupportedModelError, match="MyDetector cannot be pruned: it convolves"):

@@ -223,11 +223,11 @@ def test_changed_blocks_are_refused(model: nn.Module) -> None:
 
     model.encoder.layers.encoder_layer_1.self_attention = Attention(24, 3, batch_first=True)
     with pytest.raises(
-        UnsupportedModelError, match=r"block 1 uses Attention, which cannot.*only nn.Multihead"
+        UnsupportedModelError, match=r"block 1 of VisionTransformer uses Attention, .*only Multihead"
     ):
         open_host(model)
     model.encoder.layers.encoder_layer_1 = nn.Identity()
     with pytest.raises(
-        UnsupportedModelError, match=r"block 1 is a Identity, which cannot.*only torchvision's"
+        UnsupportedModelError, match=r"block 1 of VisionTransformer is a Identity, .*EncoderBlock"
     ):
         open_host(model)

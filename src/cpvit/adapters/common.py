@@ -209,7 +209,8 @@ def check_parts(model: HostModule, blocks: Sequence[type], attentions: Sequence[
             f"{type(model).__name__} with a {type(stem).__name__} stem cannot be pruned: "
             "only stems that end in one grid of patches are known (timm's PatchEmbed or HybridEmbed)"
         )
-    check_blocks(model, [(block, block.attn) for block in model.blocks.children()], blocks, attentions)
+    pairs = [(block, getattr(block, "attn", block)) for block in model.blocks.children()]
+    check_blocks(model, pairs, blocks, attentions)
 
 
 def check_blocks(

@@ -19,8 +19,9 @@ from cpvit.core import HostArguments
 
 BLOCKS = ("Block", "NestedTensorBlock", "SelfAttentionBlock")
 ATTENTIONS = ("Attention", "MemEffAttention", "SelfAttention")
+_CLASS = "DinoVisionTransformer"
 CODES = {"dinov2": "DINOv2", "dinov3": "DINOv3"}
-"""Packages that define the class."""
+"""Packages that define it."""
 
 
 class DinoBlock(TimmBlock):
@@ -83,9 +84,6 @@ def open_dino(model: nn.Module) -> Host | None:
         architecture=f"{_CLASS}-{len(blocks)}x{vit.embed_dim}-patch{vit.patch_size}",
         resizing="set model.patch_embed.img_size = (height, width) first",
     )
-
-
-_CLASS = "DinoVisionTransformer"
 
 
 def _why_blocked(host: Host, extra: HostArguments) -> str | None:

@@ -160,7 +160,7 @@ class Host:
         """[B N C] from what a block is given, or returns: alone, first in a tuple, or in a list of one."""
         if isinstance(given, list) and len(given) > 1:
             raise ValueError(
-                f"{self.name} was given crops of {len(given)} sizes at once; pruned, it takes one size"
+                f"{self.name} was given crops of {len(given)} sizes at once; pruned, it takes one"
             )
         tokens: Tensor = given[0] if isinstance(given, (tuple, list)) else given
         return tokens.transpose(0, 1) if self.tokens_first else tokens

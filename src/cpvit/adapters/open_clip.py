@@ -157,7 +157,7 @@ def _why_blocked(host: Host, extra: HostArguments) -> str | None:
     parent: Any = host.parent
     if getattr(parent, "grad_checkpointing", False) and torch.is_grad_enabled():
         return (
-            f"{host.family.split(',')[0]}'s own gradient checkpointing would run blocks without pruning; switch it off "
+            f"{host.name.split('-')[0]}'s own gradient checkpointing would run blocks without pruning; switch it off "
             "(model.set_grad_checkpointing(False)) and use prune_(..., checkpointing=True)"
         )
     visual: Any = getattr(host.model, "visual", host.model)

@@ -83,7 +83,7 @@ def open_torchvision_vit(model: nn.Module) -> Host | None:
     if not isinstance(model, VisionTransformer):
         return None
     blocks = list(model.encoder.layers.children())
-    pairs = [(block, block.self_attention) for block in blocks]
+    pairs = [(block, getattr(block, "self_attention", block)) for block in blocks]
     check_blocks(model, pairs, (EncoderBlock,), (nn.MultiheadAttention,))
     side = model.image_size // model.patch_size
     return Host(
