@@ -24,38 +24,60 @@ class Child:
 
     pid: int
     said: Path
-    """What it writes to stderr."""
+    """What it wrote to stderr, once it has ended."""
+    pipe: int
+    """That comes from here: a file would be subject to the limits that the child gets."""
 
 
 def start(work: Callable[[], int], said: Path) -> Child:
     """A child that does the work, whose result is its exit status."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     pid = os.fork()
     if pid:
-        return Child(pid, said)
+        os.close(writing)
+        said.write_bytes(b"")
+        return Child(pid, said, reading)
+    status = BUG
     try:
         os.setsid()
-        with Path(os.devnull).open("w") as nowhere, said.open("w") as stream:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            status = work()
-            sys.stderr.flush()
-        os._exit(status)
+        os.close(reading)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(writing, 2)
+        os.close(nowhere)
+        os.close(writing)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        status = work()
+        sys.stderr.flush()
     except BaseException:
-        os.write(2, traceback.format_exc().encode())
-        os._exit(BUG)
+        status = BUG
+        with suppress(OSError):
+            os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(status)  # whatever happens: nothing of the parent's business is the child's
 
 
 def wait(child: Child, seconds: float = 300.0) -> int | None:
     """Its exit status, minus the signal that ended it, or None if it runs on."""
-    end = time.monotonic() + seconds
+    limit = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child.pid, os.WNOHANG)
+        _keep_what_it_said(child)
         if pid:
+            os.close(child.pipe)
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= end:
+        if time.monotonic() >= limit:
             return None
         time.sleep(0.002)
+
+
+def _keep_what_it_said(child: Child) -> None:
+    """So that it never waits for a full pipe."""
+    with suppress(BlockingIOError):
+        while part := os.read(child.pipe, 1 << 16):
+            with child.said.open("ab") as stream:
+                stream.write(part)
 
 
 def family(pid: int) -> list[psutil.Process]:
