@@ -40,7 +40,7 @@ def outcomes(printed: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def printed() -> str:
     pytest.importorskip("pyarrow")
-    few = ["--cases", "2", "--seed", "4", "--minutes", "100"]
+    few = ["--cases", "1", "--seed", "4", "--minutes", "100"]
     names = ["kills: predict", "kills: plan", "resources", "concurrency"]
     return ran("-m", "tests.faults", *few, "--only", *names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,10 @@ def test_the_weights_keep_their_values_while_macs_are_counted() -> None:
     model.norm.register_forward_hook(lambda *_: seen.append(model.norm.weight.device))
     assert count_macs(model) > 0
     assert seen == [torch.device("cpu")]
+
+
+def test_macs_of_a_model_that_cannot_be_copied_are_counted_all_the_same() -> None:
+    model = tiny_vit()
+    expected = count_macs(model)
+    model.lock = threading.Lock()
+    assert count_macs(model) == expected

@@ -15,8 +15,8 @@ from cpvit.adapters import Host, open_host
 def count_macs(model: nn.Module) -> int:
     """MACs of one image, counted by torch on the model as it is now (everything that is a matmul or conv).
 
-    Runs on the "meta" device: no arithmetic is done and no weight is copied. A host that looks at values (a mask of
-    padded patches) runs once where it is.
+    Runs on the "meta" device: no arithmetic is done, and no weight is copied but those of heads that were cut, for the
+    moment. A host that looks at values (a mask of padded patches) runs once where it is.
 
     Raises:
         RuntimeError: torch counted nothing, which cannot be.
@@ -26,8 +26,7 @@ def count_macs(model: nn.Module) -> int:
 
 def host_macs(host: Host) -> int:
     """:func:`count_macs` for a model that is opened already."""
-    # Weights of no value must not be seen by threads that call the model meanwhile: layer norm takes them for none.
-    host = host.copy_sharing_weights()
+    host = _apart(host)
     counter = FlopCounterMode(display=False)
     # In inference mode the counter of torch 2.5 sees whole layers, which it has no formula for: it would say 0.
     # Where the weights are real, gradients keep the attention away from its padded buffers.
@@ -48,6 +47,19 @@ def host_macs(host: Host) -> int:
     if not flops:
         raise RuntimeError(f"torch {torch.__version__} counted no operation of {host.name}; update torch")
     return flops // 2
+
+
+def _apart(host: Host) -> Host:
+    """A copy that shares its weights, for the count alone; the model itself where it cannot be copied.
+
+    Weights without values must not be seen by threads that call the model meanwhile: layer norm takes them for none.
+    """
+    try:
+        return host.copy_sharing_weights()
+    except (
+        Exception
+    ):  # a hook or an attribute that is not made to be copied (a lock, a file): the count is the same
+        return host
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
