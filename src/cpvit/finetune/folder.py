@@ -10,6 +10,8 @@ tensorboard/             curves
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,31 +131,17 @@ class RunFolder:
         with self._explained(self.record):
             write_atomically(self.record, text)
 
-    def _explained(self, target: Path) -> _Explained:
-        return _Explained(target, self.checkpoint)
-
-
-@dataclass(frozen=True)
-class _Explained:
-    """Inside, a failure to write says what could not be written and what is safe."""
-
-    target: Path
-    checkpoint: Path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    @contextmanager
+    def _explained(self, target: Path) -> Iterator[None]:
+        """Inside, a failure to write says what could not be written and what is safe."""
         try:
-            os_errors().__exit__(kind, error, trace)
-        except OSError as converted:
-            error = converted
-        if not isinstance(error, OSError):
-            return
-        reason = error.strerror or str(error)
-        safe = (
-            f"the checkpoint before it is intact ({self.checkpoint}): make room and go on with --resume"
-            if self.checkpoint.is_file()
-            else "there is no checkpoint yet: make room and start again"
-        )
-        raise OSError(f"cannot write {self.target}: {reason}; {safe}") from error
+            with os_errors():
+                yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            safe = (
+                f"the checkpoint before it is intact ({self.checkpoint}): make room and go on with --resume"
+                if self.checkpoint.is_file()
+                else "there is no checkpoint yet: make room and start again"
+            )
+            raise OSError(f"cannot write {target}: {reason}; {safe}") from error

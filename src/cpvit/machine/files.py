@@ -49,15 +49,13 @@ def remove_leftovers(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-class os_errors:  # noqa: N801 -- reads as a word in a with statement
+@contextmanager
+def os_errors() -> Iterator[None]:
     """safetensors reports a full disk as an error of its own; inside it is an OSError as everywhere else."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, safetensors.SafetensorError):
-            raise OSError(str(error)) from None
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _prefix(path: Path) -> str:

@@ -56,9 +56,8 @@ def _apart(host: Host) -> Host:
     """
     try:
         return host.copy_sharing_weights()
-    except (
-        Exception
-    ):  # a hook or an attribute that is not made to be copied (a lock, a file): the count is the same
+    except Exception:
+        # A hook, or an attribute that is not made to be copied (a lock, a file). The count is the same.
         return host
 
 

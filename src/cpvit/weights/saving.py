@@ -145,11 +145,8 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     host = open_host(network)
     try:
         prune_host(host, plan.uncorrected, dense_features=saved.dense_features)
-    except (
-        AssertionError,
-        LookupError,
-        AttributeError,
-    ) as error:  # the library's own, of sizes that do not fit
+    except (AssertionError, LookupError, AttributeError) as error:
+        # Sizes that do not fit, as the library that builds the model meets them.
         raise ValueError(
             f"{source / MODEL} describes a model that does not run ({error}); save the model again"
         ) from error
