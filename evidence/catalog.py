@@ -224,7 +224,7 @@ CHECKS = (
 NOT_TIMED = "timed on a quiet machine; until then the page keeps what an earlier version measured"
 NOT_SEARCHED = "takes hours; the page says nothing of it until then"
 NOT_MADE = {
-    **dict.fromkeys((*speed.SPEED, "speed-schedules", "speed-runtimes", "speed-int8"), NOT_TIMED),
+    **dict.fromkeys((*speed.SPEED, "speed-schedules"), NOT_TIMED),
     "profile-deit-small": NOT_TIMED,
     **dict.fromkeys(("rivals-diffrate-deit-tiny", "cifar10-deit-tiny"), "being made"),
     **dict.fromkeys(("search-seeds-60", "search-seeds-50"), NOT_SEARCHED),
