@@ -68,11 +68,13 @@ def merge(
         step, shortening = _rescaled(source_tokens, destination_tokens, step, same)
         total = total * shortening.sqrt()
     merged = _added(tokens, step, destinations + num_prefix)
+    gained = (total - destination_size) / same.sum(dim=2)  # each source of a destination brings an equal part
+    grown = _added(take(size, kept).unsqueeze(2), gained.unsqueeze(2), destinations).squeeze(2)
     return merged, replaced(
         state,
         positions=take(state.positions, kept),
         score=None if state.score is None else take(state.score, kept),
-        size=take(size, kept).scatter(1, destinations, total),  # all sources of one destination say the same
+        size=grown,
         carrier=_carriers(state, sources, destinations, kept),
     )
 
