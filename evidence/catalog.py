@@ -226,7 +226,6 @@ NOT_SEARCHED = "takes hours; the page says nothing of it until then"
 NOT_MADE = {
     **dict.fromkeys((*speed.SPEED, "speed-schedules"), NOT_TIMED),
     "profile-deit-small": NOT_TIMED,
-    "cifar10-deit-tiny": "takes six minutes of CPU, once its model is trained",
     **dict.fromkeys(("search-seeds-60", "search-seeds-50"), NOT_SEARCHED),
 }
 """Records that were not made yet, and why: the places of their tables keep the text they hold. A record that is made is
