@@ -246,7 +246,7 @@ def image_shape(model: HostModule) -> tuple[int, int, int]:
             count * patch for count, patch in zip(stem.pos_embed_grid_size, stem.patch_size, strict=True)
         ]
         height, width = stem.default_img_size or (weights if all(weights) else sides)
-        return model.in_chans, int(height), int(width)
+        return stem.in_chans, int(height), int(width)
     stem = model.patch_embed
     height, width = stem.img_size
     channels = next(layer.in_channels for layer in stem.modules() if isinstance(layer, nn.Conv2d))

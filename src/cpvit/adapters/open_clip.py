@@ -68,7 +68,7 @@ class OpenClipBlock(EncoderBlockView):
 
 def _rotated(rope: Any, inputs: AttentionInputs, positions: Tensor | None) -> list[Tensor]:
     """Query and key [B H N D], rotated by the host's function with the angles of the tokens still alive."""
-    rotate, angles = vars(sys.modules[type(rope).__module__])["apply_rotary_emb"], rope.freq  # [1 P+N0 D]
+    rotate, angles = sys.modules[type(rope).__module__].apply_rotary_emb, rope.freq  # [1 P+N0 D]
     if positions is not None:
         angles = angles[0][with_prefix(positions, int(rope.use_cls_token))]
     return [rotate(angles.unsqueeze(1), x) for x in (inputs.query, inputs.key)]

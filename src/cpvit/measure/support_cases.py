@@ -82,7 +82,7 @@ CASES: tuple[Case, ...] = (
     *_family("ViT, rotary per head", "vit_base_patch16_rope_mixed_224"),
     *_family(
         "NaFlexViT",
-        "naflexvit_base_patch16_gap naflexvit_so400m_patch16_siglip naflexvit_base_patch16_radio_v3",
+        "naflexvit_base_patch16_gap naflexvit_so400m_patch16_siglip naflexvit_base_patch16_parfac_gap",
     ),
     *_family("BEiT", "beit_base_patch16_224 beit_large_patch16_512"),
     *_family("BEiT v2", "beitv2_base_patch16_224 beitv2_large_patch16_224"),
