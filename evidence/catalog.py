@@ -227,7 +227,6 @@ NOT_SEARCHED = "takes hours; the page says nothing of it until then"
 NOT_MADE = {
     **dict.fromkeys((*speed.SPEED, "speed-schedules"), NOT_TIMED),
     "profile-deit-small": NOT_TIMED,
-    "cifar10-claim": "40 minutes of one core; until then the page keeps what 2,000 images said",
     **dict.fromkeys(("search-seeds-60", "search-seeds-50"), NOT_SEARCHED),
 }
 """Records that were not made yet, and why: the places of their tables keep the text they hold. A record that is made is
