@@ -11,10 +11,7 @@ import argparse
 import copy
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from cpvit import PruneConfig, prune_
+from cpvit.files import write_atomically
 from cpvit.machine.environment import describe_environment
 from cpvit.weights.create import create_model
 
@@ -79,15 +77,11 @@ def main() -> None:
         "dense": times[0],
         "pruned": times[1],
         "environment": dataclasses.asdict(describe_environment(torch.device("cpu"), torch.float32, seed=0)),
-        "made_by": {
-            "command": shlex.join(["python", "studies/profile_forward.py", *sys.argv[1:]]),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
     }
     for name, ms in times[0]["ms"].items():
         print(f"{name:60} {ms:7.1f} ms dense {times[1]['ms'][name]:7.1f} ms pruned")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 @torch.inference_mode()

@@ -22,11 +22,9 @@ import hashlib
 import importlib
 import io
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 
 from cpvit import PruneConfig, prune_
 from cpvit.data import Preprocessing, find_samples, label_map, make_loader
+from cpvit.files import write_atomically
 from cpvit.machine.environment import describe_environment
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
 from cpvit.measure.outcomes import outcomes, right
@@ -118,7 +117,8 @@ def main() -> None:
         for row in comparison.rows(rival, patch, setting)
     ]
     if arguments.json is not None:
-        write(arguments.json, comparison.record(rows, code_of(arguments, asked)))
+        found = comparison.record(rows, code_of(arguments, asked))
+        write_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 class Comparison:
@@ -227,7 +227,6 @@ class Comparison:
         return row
 
     def record(self, rows: list[dict[str, Any]], code: dict[str, str]) -> dict[str, Any]:
-        words = [Path(word).name if Path(word).exists() else word for word in without_json(sys.argv[1:])]
         here = describe_environment(torch.device("cpu"), torch.float32, seed=0)
         return {
             "model": self.arguments.model,
@@ -238,10 +237,6 @@ class Comparison:
             "points": rows,
             "code_sha256": code,
             "environment": dataclasses.asdict(here),
-            "made_by": {
-                "command": shlex.join(["python", "studies/rivals.py", *words]),
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            },
         }
 
 
@@ -346,23 +341,6 @@ def code_of(arguments: argparse.Namespace, rivals: Sequence[Rival]) -> dict[str,
             name = f"{rival.option}/{file.relative_to(folder)}"
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
-
-
-def without_json(words: Sequence[str]) -> list[str]:
-    """The command line without the place of the record."""
-    found = list(words)
-    if "--json" in found:
-        place = found.index("--json")
-        del found[place : place + 2]
-    return [word for word in found if not word.startswith("--json=")]
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Beside its place first, so that no half of a record is left."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(values, indent=1) + "\n")
-    beside.replace(path)
-    print(f"record: {path}")
 
 
 if __name__ == "__main__":

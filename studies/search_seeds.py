@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from cpvit.adapters import open_host
 from cpvit.data import Preprocessing, find_samples, make_loader
+from cpvit.files import write_atomically
 from cpvit.machine.environment import describe_environment
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence, logit_distances
 from cpvit.methods import method_named
@@ -95,7 +93,8 @@ def main() -> None:
         print(described(macs, draws), f"({len(runs.known)} schedules run so far)", flush=True)
         budgets.append({"macs": macs, "draws": [dataclasses.asdict(one) for one in draws]})
     if arguments.json is not None:
-        write(arguments.json, record(arguments, len(runs.images), budgets))
+        found = record(arguments, len(runs.images), budgets)
+        write_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 def described(macs: float, draws: Sequence[Draw]) -> str:
@@ -108,9 +107,8 @@ def described(macs: float, draws: Sequence[Draw]) -> str:
 
 
 def record(arguments: argparse.Namespace, images: int, budgets: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was asked, what was found, where, and by which command: files without their folder."""
+    """What was asked, what was found, and where."""
     here = describe_environment(torch.device("cpu"), torch.float32, seed=0)
-    words = [Path(word).name if Path(word).is_file() else word for word in asked(sys.argv[1:])]
     return {
         "model": arguments.model,
         "method": arguments.method,
@@ -119,29 +117,7 @@ def record(arguments: argparse.Namespace, images: int, budgets: list[dict[str, A
         "trials": arguments.trials,
         "budgets": budgets,
         "environment": dataclasses.asdict(here),
-        "made_by": {
-            "record": "SearchSeeds",
-            "command": shlex.join(["python", "studies/search_seeds.py", *words]),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
     }
-
-
-def asked(words: Sequence[str]) -> list[str]:
-    """The command line without the place of the record."""
-    found = list(words)
-    if "--json" in found:
-        place = found.index("--json")
-        del found[place : place + 2]
-    return [word for word in found if not word.startswith("--json=")]
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Beside its place first, so that no half of a record is left."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(values, indent=1) + "\n")
-    beside.replace(path)
-    print(f"record: {path}")
 
 
 class Runs:

@@ -29,6 +29,7 @@ BUILT_ON = {
 """The adapters that extend the block of another, and the parts of the one for transformers."""
 SHARED_COMMANDS = {"__init__", "common", "options", "records", "tables", "terminal", "bulk", "bulk_options"}
 FLOORS = (
+    "files",
     "attention",
     "core",
     "methods",

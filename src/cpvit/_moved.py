@@ -18,7 +18,6 @@ MOVED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cli": ("commands.cli",),
         "environment": ("machine.environment", "machine.device"),
         "evaluate": ("measure.evaluate",),
-        "files": ("machine.files",),
         "finetune.judge": ("finetune.evaluation", "finetune.features"),
         "finetune.log": ("finetune.tensorboard",),
         "finetune.observe": ("finetune.callbacks",),

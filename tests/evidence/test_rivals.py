@@ -82,12 +82,3 @@ def test_differences_are_taken_image_by_image(rivals: Any) -> None:
     found = rivals.differences(theirs, ours)
     assert found["difference"] == 0.5
     assert found["images_apart"] == 1
-
-
-def test_the_place_of_the_record_is_no_part_of_the_command(rivals: Any) -> None:
-    assert rivals.without_json(["--tome", "ToMe", "--json", "x.json", "--exact", "5"]) == [
-        "--tome",
-        "ToMe",
-        "--exact",
-        "5",
-    ]

@@ -18,6 +18,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 
 from cpvit import Plan, PruneConfig, plan_of, prune_
 from cpvit.adapters import open_host
+from cpvit.files import remove_leftovers, replacing, write_atomically
 from cpvit.finetune import (
     Callback,
     CallbackList,
@@ -38,7 +39,6 @@ from cpvit.finetune.losses import classification_loss, distillation_loss, featur
 from cpvit.finetune.optimizer import make_optimizer, make_schedule
 from cpvit.finetune.progress import ProgressBar
 from cpvit.finetune.tensorboard import TensorBoard
-from cpvit.machine.files import remove_leftovers, replacing, write_atomically
 from cpvit.weights.create import create_model
 
 

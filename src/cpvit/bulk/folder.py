@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cpvit.bulk.parts import Parts
+from cpvit.files import remove_leftovers, write_atomically
 from cpvit.finetune.fingerprint import differences
-from cpvit.machine.files import remove_leftovers, write_atomically
 
 RUN, INDEX = "_run.json", "_index.arrow"
 

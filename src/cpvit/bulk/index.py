@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpvit.bulk.requirements import required
-from cpvit.machine.files import replacing
+from cpvit.files import replacing
 
 ROWS = 1 << 14
 """In each record batch of the file but the last: the batch of a row is found by division."""

@@ -17,7 +17,7 @@ import numpy as np
 from cpvit.bulk.columns import Columns
 from cpvit.bulk.images import PixelBatch
 from cpvit.bulk.requirements import required
-from cpvit.machine.files import replacing
+from cpvit.files import replacing
 
 KEY = b"cpvit"
 """Of the description in the metadata of the schema."""

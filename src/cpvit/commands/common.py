@@ -136,13 +136,20 @@ def build_batches(
     processes: Processes | None = None,
     classes: int | None = None,
 ) -> Batches:
-    """Labelled batches of what ``--data`` names, with the model's classes unless another number is given; of several
-    processes each gets its share."""
+    """Labelled batches of what ``--data`` names, with the model's classes unless another number is given."""
+    classes = data_shape(model)[0] if classes is None else classes
+    return labelled_batches(options, build_preprocessing(model, preprocessing), classes, processes)
+
+
+def labelled_batches(
+    options: DataOptions, preprocessing: Preprocessing, classes: int, processes: Processes | None
+) -> Batches:
+    """Of several processes each gets its share."""
     source = open_source(options)
     return make_loader(
         source.limited(options.limit, options.seed),
-        build_preprocessing(model, preprocessing),
-        labels=label_map(source, data_shape(model)[0] if classes is None else classes),
+        preprocessing,
+        labels=label_map(source, classes),
         batch_size=options.batch_size,
         num_workers=options.workers,
         skip_bad_images=options.skip_bad_images,

@@ -12,8 +12,8 @@ from cpvit.commands.common import (
     build_model,
     heads_need_images,
     joined,
+    labelled_batches,
     open_model,
-    open_source,
     planned,
     progress,
     set_seed,
@@ -28,7 +28,6 @@ from cpvit.commands.options import (
 from cpvit.commands.records import check_output, keep
 from cpvit.commands.tables import eval_text, exported_text, saved_eval_text
 from cpvit.commands.terminal import show
-from cpvit.data import label_map, make_loader
 from cpvit.export.evaluating import evaluate_exported
 from cpvit.export.runtimes import open_exported
 from cpvit.machine.device import choose_device, choose_dtype
@@ -139,17 +138,7 @@ def _exported(
             else f"{path} does not say how images are prepared; export it anew with --mean and --std"
         )
     with joined(model) as processes:
-        source = open_source(data)
-        batches = make_loader(
-            source.limited(data.limit, data.seed),
-            described.preprocessing,
-            labels=label_map(source, described.num_outputs),
-            batch_size=data.batch_size,
-            num_workers=data.workers,
-            skip_bad_images=data.skip_bad_images,
-            rank=0 if processes is None else processes.rank,
-            world_size=1 if processes is None else processes.world_size,
-        )
+        batches = labelled_batches(data, described.preprocessing, described.num_outputs, processes)
         dense = open_model(model, data=data.data) if model.model else None
         result = evaluate_exported(
             opened, batches, dense=dense, seed=data.seed, progress=progress, processes=processes

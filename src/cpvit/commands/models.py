@@ -13,7 +13,7 @@ import torch
 from cpvit.adapters import SUPPORTED, UnsupportedModelError
 from cpvit.commands.common import open_named, progress, say
 from cpvit.commands.tables import table
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.weights.create import ORIGINAL_MODELS
 
 

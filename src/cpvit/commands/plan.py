@@ -25,8 +25,8 @@ from cpvit.commands.options import DataOptions, ModelOptions, PreprocessingOptio
 from cpvit.commands.tables import plan_text
 from cpvit.commands.terminal import show
 from cpvit.data import label_map, make_loader
+from cpvit.files import write_atomically
 from cpvit.machine.align import best_align
-from cpvit.machine.files import write_atomically
 from cpvit.machine.processes import Processes
 from cpvit.plans.config import Align, PruneConfig
 from cpvit.plans.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any
 
 from cpvit.commands.options import RecordOptions
 from cpvit.commands.terminal import say, typed_command
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.machine.processes import Processes
 from cpvit.report import check_requirements, read_record, write_report
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from cpvit.commands.common import progress_bar, say
+from cpvit.files import write_atomically
 from cpvit.machine.environment import Environment, describe_environment
-from cpvit.machine.files import write_atomically
 from cpvit.measure.support import SupportRow, measure
 from cpvit.measure.support_cases import CASES, Case
 

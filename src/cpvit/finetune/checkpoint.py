@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cpvit.machine.files import os_errors, remove_leftovers, replacing
+from cpvit.files import os_errors, remove_leftovers, replacing
 
 VERSION = 1
 """Of the file's layout."""

@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
+from cpvit.files import os_errors, remove_leftovers, replacing, write_atomically
 from cpvit.finetune.checkpoint import TrainingState, load_state, save_state
-from cpvit.machine.files import os_errors, remove_leftovers, replacing, write_atomically
 from cpvit.plans.plan import Plan
 from cpvit.weights.saving import WEIGHTS, save_pruned
 

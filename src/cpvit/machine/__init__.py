@@ -1,1 +1,1 @@
-"""This machine: its devices, its files, and how long things take on it."""
+"""This machine: its devices, and how long things take on it."""

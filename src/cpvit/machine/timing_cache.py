@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.machine.timer import Run, Timer
 from cpvit.plans.json_text import parse_json
 

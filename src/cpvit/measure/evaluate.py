@@ -321,7 +321,9 @@ def predict(
                 raise ValueError(
                     "evaluation needs labels; build the loader with labels=label_map(source, num_classes)"
                 )
-            logits = host.output(host.model(batch.images.to(host.device, host.dtype, non_blocking=True)))
+            logits = host.output(
+                host.model(batch.images.to(host.device, host.dtype, non_blocking=batch.images.is_pinned()))
+            )
             log_probs.append(logits.float().log_softmax(dim=-1).cpu())
             labels.append(batch.labels)
             keys.append(batch.keys)

@@ -64,11 +64,11 @@ def merge(
     destination_size = take(size, destination)
     total = destination_size + (same * source_size.unsqueeze(1)).sum(dim=2)
     step = (source_tokens - destination_tokens) * as_dtype(x, (source_size / total).unsqueeze(-1))
+    gained = source_size
     if keep_length:
         step, shortening = _rescaled(source_tokens, destination_tokens, step, same)
-        total = total * shortening.sqrt()
+        gained = (total * shortening.sqrt() - destination_size) / same.sum(dim=2)
     merged = _added(tokens, step, destinations + num_prefix)
-    gained = (total - destination_size) / same.sum(dim=2)  # each source of a destination brings an equal part
     grown = _added(take(size, kept).unsqueeze(2), gained.unsqueeze(2), destinations).squeeze(2)
     return merged, replaced(
         state,

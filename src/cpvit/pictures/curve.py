@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cpvit.machine.files import replacing
+from cpvit.files import replacing
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0579a", "#c98a00", "#3a9bd1", "#767676", "#8c564b")
 """After Okabe and Ito: told apart by people who do not see red or green."""

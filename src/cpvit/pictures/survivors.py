@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpvit.machine.files import replacing
+from cpvit.files import replacing
 from cpvit.pictures.patches import MIN_SIDE, paint_block, to_picture
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpvit.plans.json_text import parse_json, write_text
+from cpvit.files import write_atomically
+from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan, plan_from_values
 
 ESCALATION_VERSION = 1
@@ -53,7 +54,7 @@ class Escalation:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        write_text(Path(path), self.to_json())
+        write_atomically(Path(path), self.to_json())
 
 
 def load_plan(path: str | Path) -> Plan | Escalation:

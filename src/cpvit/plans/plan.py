@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpvit.plans.json_text import parse_json, write_text
+from cpvit.files import write_atomically
+from cpvit.plans.json_text import parse_json
 
 PLAN_VERSION = 1
 
@@ -78,7 +79,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        write_text(Path(path), self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.pictures.curve import COLOURS
 from cpvit.report import charts
 from cpvit.report.accuracy import Panel, curves, panels

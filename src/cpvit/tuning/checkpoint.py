@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.plans.json_text import parse_json
 from cpvit.tuning.search import Counts
 

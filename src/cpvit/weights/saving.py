@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
-from cpvit.machine.files import os_errors, replacing
+from cpvit.files import os_errors, replacing
 from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed

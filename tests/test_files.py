@@ -15,7 +15,7 @@ from cpvit import Plan, PruneConfig, prune_, save_pruned
 from cpvit.commands.cli import run_cli
 from cpvit.commands.records import write_record
 from cpvit.export.exporting import put
-from cpvit.machine.files import write_atomically
+from cpvit.files import write_atomically
 from cpvit.pictures.curve import CurvePoint, draw_curve
 from cpvit.plans.macs import count_macs
 
