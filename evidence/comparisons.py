@@ -32,8 +32,13 @@ def seeds(records: Loaded) -> str:
         "better, worse, the same",
         "agreement",
     ]
-    commands = "\n".join(record["made_by"]["command"] for record in found)
-    return f"```\n{commands}\n```\n\n{markdown(header, rows)}"
+    return _below_commands(found, markdown(header, rows))
+
+
+def _below_commands(records: list[Any], table: str) -> str:
+    """The table below the commands that made its records."""
+    commands = "\n".join(record["made_by"]["command"] for record in records)
+    return f"```\n{commands}\n```\n\n{table}"
 
 
 def _seeds(budget: Any) -> list[str]:
@@ -77,8 +82,7 @@ def rivals(records: Loaded) -> str:
         "top-1 %",
         "right answers, next to theirs",
     ]
-    commands = "\n".join(record["made_by"]["command"] for record in found)
-    return f"```\n{commands}\n```\n\n{markdown(header, rows)}"
+    return _below_commands(found, markdown(header, rows))
 
 
 def same_as_rivals(records: Loaded) -> str:

@@ -27,6 +27,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         "output_tokens": True,
     },
     "norms everywhere": {"qk_norm": True, "scale_attn": True, "scale_fc": True},
+    "tokens in front of images": {},
     "two towers": {},
 }
 SIZE = {"image_size": 64, "patch_size": 16, "width": 48, "layers": 4, "mlp_ratio": 2.0}
@@ -41,6 +42,8 @@ def build(name: str, **values: object) -> nn.Module:
         model = open_clip.transformer.VisionTransformer(
             **{**SIZE, "heads": 4, "output_dim": 48, **TOWERS[name], **values}
         )
+    if name == "tokens in front of images":
+        model.transformer = open_clip.transformer.Transformer(48, 4, 4, 2.0, batch_first=False)
     randomize_(model)
     return model.eval()
 

@@ -35,7 +35,7 @@ def two_processes(arguments: list[str]) -> str:
     code = "from cpvit.commands.cli import entry_point; entry_point()"
     script = Path(arguments[-1]).with_suffix(".py")
     script.write_text(code)
-    done = subprocess.run([*run, str(script), *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*run, str(script), *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

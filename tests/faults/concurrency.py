@@ -50,6 +50,18 @@ def answer(network: Any, images: Tensor) -> Tensor:
     return found
 
 
+def compared(network: nn.Module) -> Callable[[int], str]:
+    """Calls the network with one of the batches, and tells whether the answer is the one given alone."""
+    images = batches()
+    alone = [answer(network, one) for one in images]
+
+    def call(number: int) -> str:
+        place = number % BATCHES
+        return "as alone" if torch.equal(answer(network, images[place]), alone[place]) else "another answer"
+
+    return call
+
+
 def rounded_alike(one: Tensor, other: Tensor) -> bool:
     """Equal but for rounding: while prune_ counts MACs, torch takes another attention kernel in every thread."""
     return torch.allclose(one, other, rtol=1e-9, atol=1e-9)
@@ -110,14 +122,7 @@ def threads(seed: int) -> str:
     Raises:
         AssertionError: An answer differs from the one given alone, in a single bit, or memory grows.
     """
-    network = pruned(sorted(METHODS)[seed % len(METHODS)])
-    images = batches()
-    alone = [answer(network, one) for one in images]
-
-    def one(number: int) -> str:
-        place = number % BATCHES
-        return "as alone" if torch.equal(answer(network, images[place]), alone[place]) else "another answer"
-
+    one = compared(pruned(sorted(METHODS)[seed % len(METHODS)]))
     calls = Calls()
     calls.make(one, THREADS)
     return f"{_rounded(calls.check({'as alone'}))} calls as alone"
@@ -129,13 +134,7 @@ def processes(seed: int) -> str:
     Raises:
         AssertionError: As for :func:`threads`, in any of them.
     """
-    network = pruned(sorted(METHODS)[seed % len(METHODS)])
-    images = batches()
-    alone = [answer(network, one) for one in images]
-
-    def one(number: int) -> str:
-        place = number % BATCHES
-        return "as alone" if torch.equal(answer(network, images[place]), alone[place]) else "another answer"
+    one = compared(pruned(sorted(METHODS)[seed % len(METHODS)]))
 
     def work() -> int:
         calls = Calls()

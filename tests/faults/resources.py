@@ -20,21 +20,10 @@ from typing import NamedTuple
 
 from tests.faults.children import finished
 from tests.faults.kills import Moment, killed
-from tests.faults.subjects import Subject, inputs, subjects, undisturbed
+from tests.faults.subjects import WRITING, Subject, inputs, subjects, undisturbed
 from tests.faults.wholeness import broken, differing, files, products
 
-WRITERS = (
-    "finetune",
-    "plan",
-    "export",
-    "export torch",
-    "predict",
-    "embed",
-    "eval",
-    "sweep",
-    "report",
-    "save_pruned",
-)
+WRITERS = (*WRITING, "save_pruned")
 """What is tried in turn."""
 ROOM = "64m"
 """Of a file system that has room again."""

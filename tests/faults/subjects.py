@@ -144,22 +144,16 @@ def line_of(name: str, out: Path) -> list[str]:
     return lines[name]
 
 
+WRITING = ("finetune", "plan", "export", "export torch", "predict", "embed", "eval", "sweep", "report")
+"""Commands that leave files."""
+
+
 def subjects() -> dict[str, Subject]:
     """By name."""
     commands()
     found = [
         Subject(name, _command(name), again=name in ("finetune", "plan", "predict", "embed"))
-        for name in (
-            "finetune",
-            "plan",
-            "export",
-            "export torch",
-            "predict",
-            "embed",
-            "eval",
-            "sweep",
-            "report",
-        )
+        for name in WRITING
     ]
     found.append(Subject("finetune, two processes", _together("finetune"), again=True, processes=2))
     found.append(Subject("save_pruned", _saving))

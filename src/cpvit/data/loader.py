@@ -200,8 +200,10 @@ def make_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        # A loader is iterated once for each model: the workers stay. Pinned memory is for a GPU to fetch from.
-        persistent_workers=num_workers > 0,
+        # A loader is iterated once for each model: the workers stay, but not beside other processes, whose connections
+        # they inherit and keep open: a process that leaves would wait for them forever (gloo).
+        persistent_workers=num_workers > 0 and world_size == 1,
+        # Pinned memory is for a GPU to fetch from.
         pin_memory=num_workers > 0 and torch.cuda.is_available(),
         # Its own generator, because a DataLoader otherwise draws from the global one at each iteration.
         generator=torch.Generator(),
