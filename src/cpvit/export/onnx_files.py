@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from cpvit.export.description import INPUT, KEY, OUTPUT, Description
+from cpvit.export.onnx_graph import tidy, translations
 from cpvit.export.requirements import check_torch, required
 
 OPSET = 20
@@ -22,13 +23,13 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
     """An ``onnx_ir.Model``, with the description in its metadata.
 
     torch's own optimiser of the graph is left out: its pattern matching takes three quarters of the whole export, and
-    the runtimes do the same when they load the file. Constants are folded and equal nodes joined.
+    the runtimes do the same when they load the file. Constants are folded, and the graph is made smaller
+    (:mod:`cpvit.export.onnx_graph`).
     """
     check_torch()
     for package in ("onnx", "onnx_ir", "onnxscript"):
         required(package)
     import onnxscript.optimizer
-    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,12 +41,12 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
             verbose=False,
             input_names=[INPUT],
             output_names=[OUTPUT],
+            custom_translation_table=translations(),
         )
         assert made is not None
         model = made.model
         onnxscript.optimizer.fold_constants(model)
-        CommonSubexpressionEliminationPass()(model)
-        RemoveUnusedNodesPass()(model)
+        tidy(model)
     _name_batch(model)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # where in this machine's files it came from
