@@ -181,7 +181,11 @@ def test_heads_are_done_in_groups_where_one_image_is_too_large(
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 33])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_no_number_of_tokens_lets_the_padding_count(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30], ids=["pieces", "whole"])
+def test_no_number_of_tokens_lets_the_padding_count(
+    tokens: int, dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_budget", lambda query: chunk_bytes)
     given = inputs(tokens=tokens)
     low = given._replace(
         query=given.query.to(dtype), key=given.key.to(dtype), value=torch.ones_like(given.value, dtype=dtype)
@@ -193,7 +197,8 @@ def test_no_number_of_tokens_lets_the_padding_count(tokens: int, dtype: torch.dt
     torch.testing.assert_close(got.evidence.sum(-1), torch.ones(3, 2, dtype=dtype), **close)
 
 
-def test_the_output_joins_its_heads_without_a_copy() -> None:
+def test_the_output_of_pieces_joins_its_heads_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
     assert attend(inputs(), evidence="max").out.transpose(1, 2).is_contiguous()
 
 

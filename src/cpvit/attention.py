@@ -191,16 +191,16 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
 
     The keys are padded, not the matrix: ``baddbmm`` needs a contiguous result to run as one batch.
     """
-    query, key, value, scale, bias, *_ = inputs
+    query, key, value, _, bias, *_ = inputs
     batch, heads, tokens, head_dim = value.shape
     lanes = ROW_BYTES // query.element_size()
     width = -(-tokens // lanes) * lanes
-    if bias is not None:
+    if bias is not None and bias.shape[-2] == 1:
         # One row for all queries gets the padding's: whole rows are added at a time, and what is padded is done.
-        bias = F.pad(bias, (0, width - tokens), value=-inf) if bias.shape[-2] == 1 else bias
-        bias = bias.expand(batch, heads, tokens, bias.shape[-1])
-    covered = 0 if bias is None else bias.shape[-1]
+        inputs = replaced(inputs, bias=F.pad(bias, (0, width - tokens), value=-inf))
     pieces = list(_pieces(query, _budget(query)))
+    if len(pieces) == 1:
+        return _in_one_piece(inputs, evidence, num_prefix, width)
     rows = max(query[piece].shape[:2].numel() for piece in pieces)
     padded = key.new_zeros(rows, width, key.shape[3])
     matrix = query.new_empty(rows, tokens, width)
@@ -208,26 +208,50 @@ def _in_workspace(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: i
         1, 2
     )  # so that joining the heads is a view
     scores = query.new_empty(batch, heads, width)
+    bias = inputs.bias
+    if bias is not None:
+        bias = bias.expand(batch, heads, tokens, bias.shape[-1])
     for piece in pieces:
         q, v = query[piece].flatten(0, 1), value[piece].flatten(0, 1)
         k, probs = padded[: len(q)], matrix[: len(q)]
         shape = query[piece].shape[:2]
         k[:, :tokens].unflatten(0, shape).copy_(key[piece])
-        torch.baddbmm(probs, q, k.transpose(1, 2), beta=0, alpha=scale, out=probs)
-        if bias is not None:
-            probs[..., :covered].unflatten(0, shape).add_(bias[piece])
-        if covered < width:
-            probs[..., tokens:].fill_(-inf)
-        torch.softmax(probs, dim=-1, out=probs)
+        _softmax_into(probs, q, k, inputs.scale, None if bias is None else bias[piece], shape)
         scores[piece] = _evidence(probs.unflatten(0, shape), evidence, num_prefix)
         out[piece] = torch.bmm(probs[..., :tokens], v).unflatten(0, shape)
     return Attended(out, scores[..., :tokens])
 
 
+def _in_one_piece(inputs: AttentionInputs, evidence: EvidenceKind, num_prefix: int, width: int) -> Attended:
+    """The same where all of it fits the buffer: for few images what takes time is the number of operations."""
+    query, key, value, scale, bias, *_ = inputs
+    shape, tokens = query.shape[:2], query.shape[2]
+    k = F.pad(key, (0, 0, 0, width - tokens)) if width > tokens else key
+    probs = query.new_empty(shape.numel(), tokens, width)
+    _softmax_into(probs, query.flatten(0, 1), k.flatten(0, 1), scale, bias, shape)
+    kept = probs if width == tokens else probs.narrow(2, 0, tokens)
+    out = torch.bmm(kept, value.flatten(0, 1)).unflatten(0, shape)
+    return Attended(out, _evidence(kept.unflatten(0, shape), evidence, num_prefix))
+
+
+def _softmax_into(
+    probs: Tensor, query: Tensor, key: Tensor, scale: float, bias: Tensor | None, shape: torch.Size
+) -> None:
+    """Fill the buffer [B*H N W] with probabilities, 0 beyond the N tokens; bias broadcasts to [*shape N N or W]."""
+    tokens, width = probs.shape[1:]
+    torch.baddbmm(probs, query, key.transpose(1, 2), beta=0, alpha=scale, out=probs)
+    covered = 0 if bias is None else bias.shape[-1]
+    if bias is not None:
+        (probs if covered == width else probs[..., :covered]).unflatten(0, shape).add_(bias)
+    if covered < width > tokens:
+        probs.narrow(2, tokens, width - tokens).fill_(-inf)
+    torch.softmax(probs, dim=-1, out=probs)
+
+
 def _budget(query: Tensor) -> int:
-    """Bytes of the matrix to compute at once: what fits the caches, and at most the size of the query."""
+    """Bytes of the matrix to compute at once: what fits the caches, no more than the MLP takes later."""
     cached = CHUNK_BYTES * min(torch.get_num_threads(), MOST_CHUNKED_THREADS)
-    return min(cached, query.numel() * query.element_size())
+    return min(cached, 4 * query.numel() * query.element_size())
 
 
 def _pieces(query: Tensor, budget: int) -> Iterator[tuple[slice, slice]]:

@@ -110,7 +110,10 @@ REWRITTEN: dict[str, tuple[Callable[..., Tensor], str]] = {
         "ReduceL2",
     ),
     "sorting": (lambda x: x.sort(dim=1, descending=True).values, "Shape"),
-    "shapes that are known but for the images": (lambda x: x.reshape(15 * x.shape[0], 4).exp().view(x.shape), "Concat"),
+    "shapes that are known but for the images": (
+        lambda x: x.reshape(15 * x.shape[0], 4).exp().view(x.shape),
+        "Concat",
+    ),
     "a shape after a shape": (lambda x: x.reshape(x.shape[0], 60).view(x.shape[0], 5, 12), "Concat"),
 }
 
