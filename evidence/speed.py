@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from statistics import median, quantiles
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,11 @@ MODELS = {
 METHODS = {"cpvit": "`cpvit`", "cpvit-merge": "`cpvit-merge`", "tome": "ToMe"}
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 SPEED = ("speed-deit-small", "speed-deit-tiny", "speed-vit-base", "speed-vit-base-384")
+PREFILL = {
+    "vlm-llava": "LLaVA-1.5 7B (CLIP-L/14 at 336; Llama)",
+    "vlm-paligemma": "PaliGemma 3B (SigLIP So400m/14 at 448; Gemma)",
+    "vlm-internvl": "InternVL3 2B (InternViT at 448, one crop; Qwen2.5)",
+}
 README_ROWS = (
     ("deit_small_patch16_224", 32, "cpvit"),
     ("deit_small_patch16_224", 32, "cpvit-merge"),
@@ -114,6 +120,49 @@ def int8(records: Loaded) -> str:
     first = f"{MODELS[record['model']]}, batch {record['batch_size']}, over dense float32 torch"
     header = [first, "float32: dense, `cpvit-merge`", "int8: dense, `cpvit-merge`"]
     return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(markdown(header, rows), [record])}"
+
+
+def quantisation(records: Loaded) -> str:
+    """Ways to int8, dense and pruned: what they cost and what they gain."""
+    record = records["quantisation-deit-tiny"]
+    rows = []
+    for name in dict.fromkeys(row["name"] for row in record["rows"]):
+        dense, pruned = (
+            next(row for row in record["rows"] if row["name"] == name and row["pruned"] is pruned)
+            for pruned in (False, True)
+        )
+        cells = (
+            f"{row['kl']:.4f}, {row['agreement']:.3f}, {row['lost']:.2f}; {row['speedup']:.2f}x"
+            for row in (dense, pruned)
+        )
+        rows.append([name, *cells])
+    kept = f"`cpvit-merge` at {100 * record['macs']:.0f}% of the MACs"
+    header = ["KL, agreement, top-1 points lost; speed over dense float32 torch", "dense", kept]
+    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(markdown(header, rows), [record])}"
+
+
+def prefill(records: Loaded) -> str:
+    """Prefill of vision-language models by the MACs that are left of the tower."""
+    found = [records[name] for name in PREFILL]
+    budgets = found[0]["arguments"]["macs"]
+    rows = []
+    for name, record in zip(PREFILL.values(), found, strict=True):
+        dense, *pruned = record["rows"]
+        cells = (
+            f"{row['image_tokens']}; {_faster(dense, row, 'prefill')}; {_faster(dense, row, 'tower')}"
+            for row in pruned
+        )
+        rows.append([name, f"{dense['image_tokens']}; {1e3 * median(dense['prefill']):.0f} ms", *cells])
+    first = "image tokens; prefill over dense (10th to 90th percentile); tower alone"
+    header = [first, "dense: image tokens; prefill", *(f"{100 * macs:.0f}% of the tower" for macs in budgets)]
+    commands = "\n".join(record["made_by"]["command"] for record in found)
+    return f"```\n{commands}\n```\n\n{_with_machine(markdown(header, rows), found)}"
+
+
+def _faster(dense: Any, row: Any, part: str) -> str:
+    ratios = [one / other for one, other in zip(dense[part], row[part], strict=True)]
+    low, *_, high = quantiles(ratios, n=10)
+    return f"{median(ratios):.2f}x ({low:.2f} to {high:.2f})"
 
 
 def profile(records: Loaded) -> str:

@@ -4,14 +4,14 @@
 
 The first 128 images of a fixed draw calibrate, the others compare with dense float32 torch. "linear" is what
 ``cpvit export --int8`` does: what has weights, and nothing else. Speed: a batch through each in turn, over dense
-float32 torch. Needs the extras onnx, openvino and int8, and torchao for its rows, which are left out without it.
+float32 torch. Needs the extras onnx, openvino and int8. ``--torchao`` adds torchao's own ways, compiled, which take
+seconds for an image on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import logging
 import tempfile
@@ -28,6 +28,7 @@ from cpvit import PruneConfig, prune_
 from cpvit.data import Preprocessing, find_samples, label_map, make_loader
 from cpvit.export import ExportOptions, export, open_exported
 from cpvit.export.description import INPUT
+from cpvit.files import write_atomically
 from cpvit.machine.environment import describe_environment
 from cpvit.machine.timer import interleave
 from cpvit.measure.metrics import Predictions, agreement, kl_divergence
@@ -49,7 +50,7 @@ class Images(NamedTuple):
     labels: Tensor
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,8 +60,13 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.6)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--torchao", action="store_true", help="its rows too (pip install torchao)")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     logging.disable(logging.WARNING)
 
     model = create_model(arguments.model).eval()
@@ -72,7 +78,9 @@ def main() -> None:
         cases = [
             Case(name, form is pruned, run)
             for form in (model, pruned)
-            for name, run in ways(form, images.calibration, Path(folder) / str(form is pruned))
+            for name, run in ways(
+                form, images.calibration, Path(folder) / str(form is pruned), arguments.torchao
+            )
         ]
         rows = table(cases, images, arguments.batch_size, arguments.seconds)
     for row in rows:
@@ -84,7 +92,7 @@ def main() -> None:
     if arguments.json:
         environment = describe_environment(torch.device("cpu"), torch.float32, 0)
         record = {"macs": arguments.macs, "rows": rows, "environment": vars(environment)}
-        arguments.json.write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_atomically(arguments.json, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def read(model: nn.Module, data: str) -> Images:
@@ -97,7 +105,7 @@ def read(model: nn.Module, data: str) -> Images:
     return Images(everything[order[:128]], everything[order[128:]], labels[order[128:]])
 
 
-def ways(model: nn.Module, images: Tensor, folder: Path) -> Iterator[tuple[str, Run]]:
+def ways(model: nn.Module, images: Tensor, folder: Path, torchao: bool) -> Iterator[tuple[str, Run]]:
     folder.mkdir()
     yield "float32, torch", model
     for to, suffix in (("onnx", "onnx"), ("openvino", "xml")):
@@ -105,13 +113,15 @@ def ways(model: nn.Module, images: Tensor, folder: Path) -> Iterator[tuple[str, 
         for int8 in (False, True):
             path = folder / f"{int8}.{suffix}"
             export(model, path, ExportOptions(to=to, int8=int8), images=images)
-            yield (
-                f"{'NNCF, linear (cpvit export --int8)' if int8 else 'float32'}, {runtime}",
-                open_exported(path),
-            )
+            name = "NNCF, linear (cpvit export --int8)" if int8 else "float32"
+            yield f"{name}, {runtime}", open_exported(path)
+            if to == "openvino":
+                half = f"{name}, the rest in bfloat16" if int8 else "bfloat16"
+                yield f"{half}, {runtime}", open_exported(path, bfloat16=True)
     yield "NNCF as it comes, OpenVINO", nncf_as_it_comes(folder / "False.xml", images)
     yield from onnx_runtime_ways(folder, images)
-    yield from torchao_ways(model, images)
+    if torchao:
+        yield from torchao_ways(model, images)
 
 
 def nncf_as_it_comes(path: Path, images: Tensor) -> Run:
@@ -192,9 +202,6 @@ def session(path: Path) -> Run:
 
 
 def torchao_ways(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Run]]:
-    if importlib.util.find_spec("torchao") is None:
-        print("torchao is not installed: its rows are left out")
-        return
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8WeightOnlyConfig,
@@ -229,6 +236,7 @@ def pt2e(model: nn.Module, images: Tensor) -> Run:
 
 def table(cases: list[Case], images: Images, batch_size: int, seconds: float) -> list[dict[str, Any]]:
     answers = [predictions(case.run, images.others) for case in cases]
+    print("accuracy is done; the speeds follow", flush=True)
     dense = answers[0]
     right = (dense.log_probs.argmax(1) == images.labels).float().mean()
     batch = images.others[:batch_size].contiguous()

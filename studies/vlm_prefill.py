@@ -23,6 +23,7 @@ import torch
 import transformers
 
 import cpvit
+from cpvit.files import write_atomically
 from cpvit.machine.environment import describe_environment
 from cpvit.machine.timer import interleave
 
@@ -109,7 +110,7 @@ def runs_of(model: Any, pixels: torch.Tensor, image_tokens: int, words: int) -> 
     ]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,7 +121,11 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=32, help="of the prompt")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     torch.manual_seed(0)
     dense = FAMILIES[arguments.family](arguments.shrink).eval()
     models = [sharing_weights(dense) for _ in arguments.macs]
@@ -150,11 +155,13 @@ def main() -> None:
             f"{name:28}{count:14d}{1e3 * median(tower):10.1f}{tower_ratio:7.2f}x{1e3 * median(prefill):12.1f}"
             f"{median(ratios):7.2f}x{low:6.2f}x{high:6.2f}x"
         )
-        rows.append({"name": name, "image_tokens": count, "tower": tower, "prefill": prefill})
+        seconds = {"tower": [round(one, 5) for one in tower], "prefill": [round(one, 5) for one in prefill]}
+        rows.append({"name": name, "image_tokens": count, **seconds})
     if arguments.json:
         environment = dataclasses.asdict(describe_environment(torch.device("cpu"), torch.float32, 0))
-        record = {"arguments": {**vars(arguments), "json": str(arguments.json)}, "rows": rows}
-        arguments.json.write_text(json.dumps({**record, "environment": environment}, indent=1) + "\n")
+        asked = {name: value for name, value in vars(arguments).items() if name != "json"}
+        record = {"arguments": asked, "rows": rows, "environment": environment}
+        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
