@@ -197,6 +197,13 @@ def test_no_number_of_tokens_lets_the_padding_count(
     torch.testing.assert_close(got.evidence.sum(-1), torch.ones(3, 2, dtype=dtype), **close)
 
 
+def test_one_image_of_a_usual_model_is_one_piece() -> None:
+    """Each piece costs some twenty operations, which for one image is what takes the time."""
+    for heads in (3, 6, 12):
+        query = torch.empty(1, heads, 197, 64)
+        assert len(list(attention._pieces(query, attention._budget(query)))) == 1
+
+
 def test_the_output_of_pieces_joins_its_heads_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
     assert attend(inputs(), evidence="max").out.transpose(1, 2).is_contiguous()
