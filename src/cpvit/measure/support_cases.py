@@ -176,6 +176,12 @@ CASES: tuple[Case, ...] = (
     transformers_case("GitVisionModel", "transformers GIT", ", base"),
     transformers_case("MLCDVisionModel", "transformers MLCD", ", large", patch_size=14, **_HF_LARGE),
     transformers_case("VideoMAEForVideoClassification", "transformers VideoMAE", ", base", tubelet_size=2),
+    transformers_case(
+        "VivitForVideoClassification", "transformers ViViT", ", base", tubelet_size=[2, 16, 16]
+    ),
+    transformers_case("Idefics3VisionTransformer", "transformers Idefics3"),
+    transformers_case("SmolVLMVisionTransformer", "transformers SmolVLM"),
+    transformers_case("DPTModel", "transformers DPT"),
     transformers_case("SiglipVisionModel", "transformers SigLIP", ", base"),
     transformers_case("SiglipForImageClassification", "transformers SigLIP", ", large", **_HF_LARGE),
 )
