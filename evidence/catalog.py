@@ -239,8 +239,7 @@ CHECKS = (
     ),
 )
 
-NOT_SEARCHED = "takes hours; the page says nothing of it until then"
-NOT_MADE = dict.fromkeys(("search-seeds-60", "search-seeds-50"), NOT_SEARCHED)
+NOT_MADE: dict[str, str] = {}
 """Records that were not made yet, and why: the places of their tables keep the text they hold. A record that is made is
 taken off this list."""
 
