@@ -20,7 +20,6 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-import transformers
 
 import cpvit
 from cpvit.files import write_atomically
@@ -58,6 +57,8 @@ def tower_values(
 
 def llava(shrink: int) -> Any:
     """LLaVA-1.5 7B: CLIP-L/14 at 336 pixels, 576 tokens; Llama 7B."""
+    import transformers
+
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
             vision_config=transformers.CLIPVisionConfig(**tower_values(shrink, 1024, 24, 16, 4096, 336, 14)),
@@ -69,6 +70,8 @@ def llava(shrink: int) -> Any:
 
 def paligemma(shrink: int) -> Any:
     """PaliGemma 3B at 448 pixels: SigLIP So400m/14, 1024 tokens; Gemma 2B."""
+    import transformers
+
     tower = tower_values(shrink, 1152, 27, 16, 4304, 448, 14)
     return transformers.PaliGemmaForConditionalGeneration(
         transformers.PaliGemmaConfig(
@@ -82,6 +85,8 @@ def paligemma(shrink: int) -> Any:
 
 def internvl(shrink: int) -> Any:
     """InternVL3 2B, one crop: InternViT 300M/14 at 448 pixels, 256 tokens; Qwen2.5 1.5B."""
+    import transformers
+
     tower = tower_values(shrink, 1024, 24, 16, 4096, 448, 14)
     return transformers.InternVLForConditionalGeneration(
         transformers.InternVLConfig(
