@@ -41,7 +41,7 @@ def to_onnx(program: ExportedProgram, description: Description) -> Any:
             verbose=False,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table=translations(),
+            custom_translation_table=translations(program),
         )
         assert made is not None
         model = made.model

@@ -11,18 +11,30 @@ from typing import Any
 
 import numpy
 import torch
+from torch.export import ExportedProgram
 
 from cpvit.export.requirements import required
 
 Translations = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translations() -> Translations:
-    """What torch's own translation to ONNX writes with needless copies, and how it is written here."""
-    return {
-        torch.ops.aten.scaled_dot_product_attention.default: _attention,
-        torch.ops.aten.index_select.default: _index_select,
-    }
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def translations(program: ExportedProgram) -> Translations:
+    """What torch's own translation to ONNX writes with needless copies, and how it is written here.
+
+    Attention that is causal, grouped or drops weights is left to torch, and with it all attention of the program.
+    """
+    table: Translations = {torch.ops.aten.index_select.default: _index_select}
+    if all(_is_plain(node) for node in program.graph.nodes if node.target is ATTENTION):
+        table[ATTENTION] = _attention
+    return table
+
+
+def _is_plain(node: torch.fx.Node) -> bool:
+    named = ("dropout_p", "is_causal", "enable_gqa")
+    return not any(node.args[4:]) and not any(node.kwargs.get(name) for name in named)
 
 
 def _attention(
@@ -35,16 +47,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """The products are scaled once, where torch scales queries and keys and goes through three dimensions.
-
-    Raises:
-        NotImplementedError: Causal, grouped or with dropout, which no image encoder is in eval mode.
-    """
-    if is_causal or enable_gqa or dropout_p:
-        raise NotImplementedError(
-            "an ONNX file of causal attention, grouped queries or dropout is not written by cpvit: "
-            f"is_causal={is_causal}, enable_gqa={enable_gqa}, dropout_p={dropout_p}"
-        )
+    """The products are scaled once, where torch scales queries and keys and goes through three dimensions."""
     op = required("onnxscript").opset20
     axes = [*range(len(query.shape) - 2), len(query.shape) - 1, len(query.shape) - 2]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
