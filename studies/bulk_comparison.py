@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="a folder of class folders of JPEGs")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--macs", type=float, default=0.6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)

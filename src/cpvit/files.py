@@ -44,8 +44,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while writing ``path`` has left beside it."""
-    for leftover in path.parent.glob(f"{_prefix(path)}*"):
+    """Remove what a process that was killed while writing ``path`` has left beside it.
+
+    safetensors 0.8 writes to a file of its own first (``.tmp`` and six letters), in the same folder.
+    """
+    drafts = [f"{_prefix(path)}*", *([".tmp??????"] if path.suffix == ".safetensors" else [])]
+    for leftover in (found for draft in drafts for found in path.parent.glob(draft)):
         leftover.unlink(missing_ok=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,7 @@ import pytest
 from pictures import encoded, noise
 from PIL import Image, ImageFile
 
-from cpvit.data import (
-    BadImageError,
-)
+from cpvit.data import BadImageError, images
 from cpvit.data.folders import FolderReader
 from cpvit.data.images import decode
 
@@ -89,6 +89,39 @@ def test_truncated_files_fail_even_if_pillow_was_told_to_accept_them(monkeypatch
     with pytest.raises(BadImageError, match="truncated"):
         decode(encoded(noise(1))[:-200], "x.jpg")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_threads_that_decode_at_once_do_not_undo_each_others_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's switch and Python's filters are the process's: whoever is done first must not put them back."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    filters = list(warnings.filters)
+    first_inside, second_inside, first_done = threading.Event(), threading.Event(), threading.Event()
+    to_rgb, said = images._to_rgb, []
+
+    def held(image: Image.Image) -> Image.Image:
+        mine, others = (first_inside, second_inside) if image.width == 17 else (second_inside, first_done)
+        mine.set()
+        assert others.wait(60)
+        return to_rgb(image)
+
+    def read_truncated() -> None:
+        try:
+            decode(encoded(Image.new("RGB", (64, 64), "red").rotate(30))[:-100], "second.jpg")
+        except BadImageError as error:
+            said.append(str(error))
+
+    monkeypatch.setattr(images, "_to_rgb", held)
+    first = threading.Thread(target=decode, args=(encoded(Image.new("RGB", (17, 17))), "first.jpg"))
+    second = threading.Thread(target=read_truncated)
+    first.start()
+    assert first_inside.wait(60)
+    second.start()
+    first.join()
+    first_done.set()
+    second.join()
+    assert ["truncated" in message for message in said] == [True]
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    assert list(warnings.filters) == filters
 
 
 @pytest.mark.parametrize("limit", [300, 100])

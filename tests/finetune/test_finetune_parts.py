@@ -6,6 +6,9 @@ import dataclasses
 import errno
 import math
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +432,25 @@ class TestFiles:
             (tmp_path / name).write_text("")
         remove_leftovers(tmp_path / "file")
         assert {path.name for path in tmp_path.iterdir()} == {"file", ".other.x1"}
+
+    def test_what_safetensors_leaves_is_removed_too(self, tmp_path: Path) -> None:
+        """A real write that is killed when it meets a limit, whose draft's name is that of the library."""
+        path = tmp_path / "checkpoint.safetensors"
+        save_file({"a": torch.zeros(1)}, path)
+        whole = path.read_bytes()
+        script = (
+            "import resource, signal, sys, torch; from pathlib import Path; from cpvit.files import replacing\n"
+            "from safetensors.torch import save_file\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "with replacing(Path(sys.argv[1])) as file: save_file({'a': torch.zeros(9999)}, file)\n"
+        )
+        killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+        assert killed.returncode == -signal.SIGXFSZ
+        assert len(list(tmp_path.iterdir())) > 1
+        remove_leftovers(path)
+        assert list(tmp_path.iterdir()) == [path]
+        assert path.read_bytes() == whole
 
 
 class TestCallbacks:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from cpvit.bulk.sources import Source
 from cpvit.data import BadImageError, Preprocessing
 from cpvit.data.images import SKIP_HINT, decode
+from cpvit.data.threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PixelBatch:
         keys: What the images are called.
         errors: Why an image could not be read; None for the b that could.
         pixels: uint8 ``[b 3 H W]``; None if b is 0.
-        read_seconds: Spent on reading the files, summed over the images.
+        read_seconds: Of the process, spent on reading the files.
         decode_seconds: Spent on decoding, resizing and cropping.
     """
 
@@ -37,6 +38,17 @@ class PixelBatch:
     rows: tuple[int, ...]
     keys: tuple[str, ...]
     errors: tuple[str | None, ...]
+    pixels: Tensor | None
+    read_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image of a batch; it has pixels uint8 ``[3 H W]`` or an error."""
+
+    key: str
+    error: str | None
     pixels: Tensor | None
     read_seconds: float
     decode_seconds: float
@@ -76,27 +88,39 @@ class _BatchReader(Dataset[Any]):
 
     def __getitem__(self, batch: _Batch) -> PixelBatch | _Failed:
         part, rows = batch
-        pixels: list[Tensor] = []
-        keys: list[str] = []
-        errors: list[str | None] = []
-        read = decoded = 0.0
-        for row in rows:
-            start = time.perf_counter()
-            try:
-                key = self._source.key(row)
-                keys.append(key)
-                data = self._source.read(row)
-                between = time.perf_counter()
-                read += between - start
-                pixels.append(self._transform(decode(data, key)))
-                decoded += time.perf_counter() - between
-                errors.append(None)
-            except BadImageError as error:
-                errors.append(str(error).removesuffix(SKIP_HINT))
-            except (ValueError, OSError) as error:
-                return _Failed(error)
-        stacked = torch.stack(pixels) if pixels else None
-        return PixelBatch(part, tuple(rows), tuple(keys), tuple(errors), stacked, read, decoded)
+        start = time.perf_counter()
+        try:
+            images = side_by_side(self._image, rows)
+        except (ValueError, OSError) as error:
+            return _Failed(error)
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        return PixelBatch(
+            part,
+            tuple(rows),
+            tuple(image.key for image in images),
+            tuple(image.error for image in images),
+            torch.stack(pixels) if pixels else None,
+            *_shares(images, time.perf_counter() - start),
+        )
+
+    def _image(self, row: int) -> _Image:
+        start = time.perf_counter()
+        key = self._source.key(row)
+        try:
+            data = self._source.read(row)
+            between = time.perf_counter()
+            pixels = self._transform(decode(data, key))
+        except BadImageError as error:
+            return _Image(key, str(error).removesuffix(SKIP_HINT), None, 0.0, 0.0)
+        return _Image(key, None, pixels, between - start, time.perf_counter() - between)
+
+
+def _shares(images: Sequence[_Image], seconds: float) -> tuple[float, float]:
+    """Of the seconds that a batch took, what went into reading and what into decoding, whose threads overlap."""
+    reading = sum(image.read_seconds for image in images)
+    decoding = sum(image.decode_seconds for image in images)
+    scale = seconds / max(reading + decoding, 1e-9)
+    return reading * scale, decoding * scale
 
 
 class _Order:

@@ -57,7 +57,17 @@ def _stages_text(result: BulkResult) -> str:
     loading = f" (reading and decoding{workers}, for each of {result.processes} processes)"
     where = loading if result.workers or result.processes > 1 else ""
     waited = f"; the model waited {found.waiting_share:.0%} of the time" if result.workers else ""
-    advice = ADVICE.get(found.bottleneck, "")
-    if found.bottleneck in LOADING and not result.workers:
-        advice = f"give --workers, so that images load while the model runs; {advice}"
-    return f"images/s of each stage alone{where}: {rates}\nbottleneck: {found.bottleneck}{waited}. What helps: {advice}"
+    bottleneck = f"bottleneck: {found.bottleneck}{waited}. What helps: {_advice(result)}"
+    return f"images/s of each stage alone{where}: {rates}\n{bottleneck}"
+
+
+def _advice(result: BulkResult) -> str:
+    bottleneck = result.stages.bottleneck
+    advice = ADVICE.get(bottleneck, "")
+    if bottleneck not in LOADING or result.workers:
+        return advice
+    if result.environment.device == "cpu" and bottleneck == "decoding":
+        return (
+            "smaller stored images, or more processors (the model and the decoder take turns on all of them)"
+        )
+    return f"give --workers, so that images load while the model runs; {advice}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -54,7 +54,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise bad_image(name, "the file is empty")
     try:
-        with _strict_pillow(), Image.open(io.BytesIO(data)) as image:
+        with _STRICT, Image.open(io.BytesIO(data)) as image:
             return _to_rgb(image)
     except MemoryError:
         raise
@@ -77,15 +77,37 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Truncated files fail even if other code made Pillow accept them; harmless warnings stay quiet."""
-    accept_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = accept_truncated
+class _StrictPillow:
+    """While any thread is in it, truncated files fail even if other code made Pillow accept them, harmless warnings
+    stay quiet, and the one about size is an error.
+
+    Pillow's switch and Python's warning filters belong to the whole process: the first thread sets them, the last one
+    puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._set()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+    def _set(self) -> None:
+        self._undo.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+_STRICT = _StrictPillow()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from cpvit.data.images import BadImageError
 from cpvit.data.labels import sample_labels
 from cpvit.data.order import Numbers, check_rank
+from cpvit.data.pixels import Normalizer, check_normalizer
 from cpvit.data.preprocess import Preprocessing, Transform
 from cpvit.data.records import ImageSource, Reader, Sample
+from cpvit.data.threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Item:
-    """One sample as a worker hands it over: an image, or the message of what was wrong with the file.
+    """One sample as a worker hands it over: pixels uint8 `[3 H W]`, or the message of what was wrong with the file.
 
     Errors travel as values, since an exception raised in a worker arrives wrapped in the text of its
     traceback. `fatal` is one that concerns more than this image.
@@ -36,7 +38,7 @@ class _Item:
 
     key: str
     label: int | None
-    image: Tensor | None
+    pixels: Tensor | None
     error: str = ""
     fatal: ValueError | OSError | None = None
 
@@ -55,6 +57,10 @@ class _Decoded(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[_Item]:
+        """A batch at a time, which is how a loader asks where it can."""
+        return side_by_side(self.__getitem__, indices)
+
     def __getitem__(self, index: int) -> _Item:
         key = self.samples[index].key
         label = None if self._labels is None else int(self._labels[index])
@@ -69,21 +75,24 @@ class _Decoded(Dataset[_Item]):
 
 @dataclass(frozen=True)
 class _Items:
-    """A batch on its way to the main process: what could be read, if anything, and what could not."""
+    """A batch on its way to the main process: what could be read, if anything, and what could not.
+
+    Its images are still bytes, a quarter of what normalised ones take.
+    """
 
     good: Batch | None
     bad: tuple[_Item, ...]
 
 
 def _collate(items: list[_Item]) -> _Items:
-    good = [item for item in items if item.image is not None]
-    return _Items(_batch(good) if good else None, tuple(item for item in items if item.image is None))
+    good = [item for item in items if item.pixels is not None]
+    return _Items(_batch(good) if good else None, tuple(item for item in items if item.pixels is None))
 
 
 def _batch(items: Sequence[_Item]) -> Batch:
     labels = [item.label for item in items if item.label is not None]
     return Batch(
-        images=torch.stack([item.image for item in items if item.image is not None]),
+        images=torch.stack([item.pixels for item in items if item.pixels is not None]),
         labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
         keys=tuple(item.key for item in items),
     )
@@ -100,6 +109,7 @@ class Batches:
     def __init__(
         self,
         loader: DataLoader[_Item],
+        normalize: Normalizer,
         num_images: int,
         *,
         batch_size: int,
@@ -107,6 +117,7 @@ class Batches:
         may_be_empty: bool = False,
     ) -> None:
         self._loader = loader
+        self._normalize = normalize
         self._batch_size = batch_size
         self._skip_bad_images = skip_bad_images
         self._may_be_empty = may_be_empty
@@ -121,7 +132,7 @@ class Batches:
         """The images `[3 H W]` of these samples, prepared as in every batch; those of other processes are left out."""
         decoded, wanted = cast("_Decoded", self._loader.dataset), set(keys)
         items = [decoded[row] for row, sample in enumerate(decoded.samples) if sample.key in wanted]
-        return {item.key: item.image for item in items if item.image is not None}
+        return {item.key: self._normalize(item.pixels[None])[0] for item in items if item.pixels is not None}
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
@@ -134,7 +145,7 @@ class Batches:
                 raise BadImageError(items.bad[0].error)
             self.skipped += [bad.key for bad in items.bad]
             if items.good is not None:
-                yield items.good
+                yield replace(items.good, images=self._normalize(items.good.images))
         if len(self.skipped) == self.num_images and not self._may_be_empty:
             raise BadImageError(
                 f"none of the {self.num_images} images could be read, for example {self.skipped[0]}"
@@ -193,8 +204,9 @@ def make_loader(
         samples,
         None if all_labels is None else all_labels[share],
         source.reader.select(sample.key for sample in samples),
-        preprocessing.transform(),
+        preprocessing.pixel_transform(),
     )
+    check_normalizer(preprocessing)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -210,6 +222,7 @@ def make_loader(
     )
     return Batches(
         loader,
+        Normalizer(preprocessing, torch.device("cpu"), torch.float32),
         share.stop - share.start,
         batch_size=batch_size,
         skip_bad_images=skip_bad_images,
