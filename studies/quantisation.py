@@ -36,6 +36,8 @@ from cpvit.weights.create import create_model
 from cpvit.weights.loading import load_checkpoint
 
 Run = Callable[[Tensor], Tensor]
+FORMATS = (("onnx", "onnx", "ONNX Runtime"), ("openvino", "xml", "OpenVINO"))
+"""Of ``cpvit export``: name, ending, runtime."""
 
 
 class Case(NamedTuple):
@@ -60,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--macs", type=float, default=0.6)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=("onnxruntime", "openvino"), default=["onnxruntime", "openvino"]
+    )
     parser.add_argument("--torchao", action="store_true", help="its rows too (pip install torchao)")
     parser.add_argument("--json", type=Path)
     return parser
@@ -78,9 +83,7 @@ def main() -> None:
         cases = [
             Case(name, form is pruned, run)
             for form in (model, pruned)
-            for name, run in ways(
-                form, images.calibration, Path(folder) / str(form is pruned), arguments.torchao
-            )
+            for name, run in ways(form, images.calibration, Path(folder) / str(form is pruned), arguments)
         ]
         rows = table(cases, images, arguments.batch_size, arguments.seconds)
     for row in rows:
@@ -105,11 +108,14 @@ def read(model: nn.Module, data: str) -> Images:
     return Images(everything[order[:128]], everything[order[128:]], labels[order[128:]])
 
 
-def ways(model: nn.Module, images: Tensor, folder: Path, torchao: bool) -> Iterator[tuple[str, Run]]:
+def ways(
+    model: nn.Module, images: Tensor, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Run]]:
     folder.mkdir()
     yield "float32, torch", model
-    for to, suffix in (("onnx", "onnx"), ("openvino", "xml")):
-        runtime = "ONNX Runtime" if to == "onnx" else "OpenVINO"
+    for to, suffix, runtime in FORMATS:
+        if runtime.replace(" ", "").lower() not in arguments.runtimes:
+            continue
         for int8 in (False, True):
             path = folder / f"{int8}.{suffix}"
             export(model, path, ExportOptions(to=to, int8=int8), images=images)
@@ -118,9 +124,11 @@ def ways(model: nn.Module, images: Tensor, folder: Path, torchao: bool) -> Itera
             if to == "openvino":
                 half = f"{name}, the rest in bfloat16" if int8 else "bfloat16"
                 yield f"{half}, {runtime}", open_exported(path, bfloat16=True)
-    yield "NNCF as it comes, OpenVINO", nncf_as_it_comes(folder / "False.xml", images)
-    yield from onnx_runtime_ways(folder, images)
-    if torchao:
+    if "openvino" in arguments.runtimes:
+        yield "NNCF as it comes, OpenVINO", nncf_as_it_comes(folder / "False.xml", images)
+    if "onnxruntime" in arguments.runtimes:
+        yield from onnx_runtime_ways(folder, images)
+    if arguments.torchao:
         yield from torchao_ways(model, images)
 
 

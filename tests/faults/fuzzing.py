@@ -48,6 +48,7 @@ def case(read: Callable[[bytes, Path], object], whole: Callable[[], bytes], seed
         except USER_ERRORS as error:
             outcome, said = f"refused ({type(error).__name__})", bool(str(error))
     assert said, f"{outcome} without a word"
+    assert "Unicode" not in outcome, f"{outcome}: an error of the codec names neither the file nor what to do"
     assert time.monotonic() - start < SECONDS, "took too long"
     return outcome
 

@@ -969,6 +969,17 @@ def test_zip_without_weights(tmp_path: Path) -> None:
     unreadable(tmp_path / "w.npz", r"is a zip archive without weights \(it holds readme\.txt\)")
 
 
+def test_zip_whose_names_are_no_text(tmp_path: Path) -> None:
+    """Found by mutation: zipfile raises a UnicodeDecodeError, which names neither the file nor what to do."""
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        archive.writestr("weights-\u00e9.npy", b"")
+    content = (tmp_path / "w.npz").read_bytes()
+    (tmp_path / "w.npz").write_bytes(content.replace("\u00e9".encode(), b"\xff\xff"))
+    unreadable(
+        tmp_path / "w.npz", r"is truncated or damaged \('utf-8' codec can't decode .*\); download it again"
+    )
+
+
 def test_unknown_extension(tmp_path: Path) -> None:
     save({"w": torch.zeros(1)}, tmp_path / "w.h5")
     unreadable(tmp_path / "w.h5", r"unknown extension '\.h5'; expected one of \.safetensors, \.pth")

@@ -51,8 +51,8 @@ class BulkImages:
     batch_size: int = 32
     """Images per forward."""
     workers: int = 0
-    """Processes that read and decode images, for each process that runs the model; 0 does it there, by its threads, which
-    is faster where the model runs on a CPU."""
+    """Processes that read and decode images, for each process that runs the model; 0 does it there, by its threads,
+    which is faster where the model runs on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

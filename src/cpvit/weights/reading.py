@@ -122,8 +122,8 @@ def _format_of_zip(file: Path) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(f"is truncated or damaged ({error}); download it again") from error
+    except Exception as error:  # of a damaged zip not only BadZipFile: its names may be no text
+        raise CheckpointError(f"is truncated or damaged ({_reason(error)}); download it again") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
             "is a TorchScript program, which holds code; save its state_dict() as safetensors"
