@@ -199,7 +199,7 @@ def real(seed: int) -> str:
     choose = random.Random(seed)
     undisturbed(name)
     with tempfile.TemporaryDirectory(dir=inputs().folder) as folder:
-        out, script = Path(folder) / "out", Path(folder) / "cpvit.py"
+        out, script = Path(folder) / "out", Path(folder) / "typed.py"
         out.mkdir()
         script.write_text(SCRIPT)
         line = [sys.executable, *LAUNCHERS[launcher], str(script), *line_of("finetune", out)]

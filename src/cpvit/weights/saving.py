@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cpvit.adapters import Host, open_host
 from cpvit.files import os_errors, replacing
+from cpvit.plans.check import check_plan
 from cpvit.plans.json_text import parse_json
 from cpvit.plans.plan import Plan
 from cpvit.pruning.install import installed
@@ -143,6 +144,8 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
     network = _build(saved, source) if model is None else model
     # The corrected projections are in the file: here heads are cut only to make room for them.
     host = open_host(network)
+    # Before anything is run: a damaged patch size would make that a run on a hundred times the tokens.
+    check_plan(plan, host)
     try:
         prune_host(host, plan.uncorrected, dense_features=saved.dense_features)
     except (AssertionError, LookupError, AttributeError) as error:
