@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.faults.children import end, family, finished, kill, start, wait
 from tests.faults.subjects import Subject, inputs, line_of, subjects, undisturbed
 from tests.faults.wholeness import broken, differing, files, hidden, products
@@ -153,6 +155,9 @@ def allowed_leftovers(subject: Subject) -> int:
 def one_of_two(seed: int) -> str:
     """The second of two processes dies: the first ends by itself, with an error; then both go on.
 
+    Before they have met torch waits for the second, up to half an hour. It is the launcher that ends such a run, and
+    there is none here.
+
     Raises:
         AssertionError: It hangs, says nothing, or the resumed run differs.
     """
@@ -164,6 +169,9 @@ def one_of_two(seed: int) -> str:
             out.mkdir()
             child = start(lambda out=out: subject.run(out), said)  # type: ignore[misc]
             status = wait(child, choose.uniform(0.05, seconds))
+            if status is None and not met(child.pid):
+                end(child)
+                continue
             kill(family(child.pid)[1:])
             if status is None:
                 status = wait(child, PATIENCE)
@@ -175,6 +183,15 @@ def one_of_two(seed: int) -> str:
             check(subject, out, said)
             return "resumed after the death of one of two"
     raise AssertionError(f"over {TRIES} times before one could be killed")
+
+
+def met(process: int) -> bool:
+    """Whether a process that was started with this one is connected to it."""
+    return any(
+        connection.status == psutil.CONN_ESTABLISHED
+        for other in family(process)[1:]
+        for connection in other.net_connections()
+    )
 
 
 # --- real command lines -------------------------------------------------------------------------------------------
