@@ -96,6 +96,17 @@ def kill(processes: list[psutil.Process]) -> None:
             process.send_signal(signal.SIGKILL)
 
 
+def kill_with_all(pid: int) -> None:
+    """A process and all that it has started, none of which may start another in the meantime."""
+    stopped: set[int] = set()
+    while new := [process for process in family(pid) if process.pid not in stopped]:
+        for process in new:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+            stopped.add(process.pid)
+    kill(family(pid))
+
+
 def end(child: Child) -> int:
     """Kill it and all it has started; its exit status."""
     kill(family(child.pid))

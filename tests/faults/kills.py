@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tests.faults.children import end, family, finished, kill, start, wait
+from tests.faults.children import end, family, finished, kill, kill_with_all, start, wait
 from tests.faults.subjects import Subject, inputs, line_of, subjects, undisturbed
 from tests.faults.wholeness import broken, differing, files, hidden, products
 
@@ -225,7 +225,7 @@ def real(seed: int) -> str:
         wanted = choose.randint(0, 8)
         _until(lambda: process.poll() is not None or _steps(out) >= wanted)
         time.sleep(choose.uniform(0, 0.3))
-        kill(family(process.pid))
+        kill_with_all(process.pid)
         process.communicate()
         if process.returncode == 0:
             return f"{launcher}: over before the kill"
