@@ -12,7 +12,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 MOST = 8
-"""What Python does for an image without letting go of the lock is about a tenth of the work."""
+"""A bound, since a part of the work holds Python's lock. Measured with two: 1.5 to 2.2 times one thread."""
 
 
 def decoding_threads() -> int:

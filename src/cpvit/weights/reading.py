@@ -122,7 +122,8 @@ def _format_of_zip(file: Path) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except Exception as error:  # of a damaged zip not only BadZipFile: its names may be no text
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        # ValueError: names that are no text. NotImplementedError: a version of the format that there is not.
         raise CheckpointError(f"is truncated or damaged ({_reason(error)}); download it again") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
