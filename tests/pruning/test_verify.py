@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_images, tiny_vit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cpvit import VerificationError, plan_of, prune_, verify
@@ -67,6 +68,59 @@ def test_a_difference_outside_the_blocks_is_called_that(model: Any) -> None:
 
     model.head = Fickle()
     assert "outside the blocks" in verify(model).summary()
+
+
+def amplifying(dtype: torch.dtype = torch.float32) -> Any:
+    """A model whose weights amplify rounding until the output differs by more than rounding alone explains."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=12, num_heads=12, num_classes=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(3.0)
+    return model.eval().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_that_the_model_itself_amplifies_is_no_mistake(dtype: torch.dtype) -> None:
+    result = verify(amplifying(dtype))
+    assert result.error > result.tolerance
+    assert result.own_error is not None
+    assert result.own_error < 1e-14
+    assert result.passed
+    assert "rounding that the model amplifies: no block differs by more than" in result.summary()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-9])
+def test_a_mistake_is_found_in_a_model_that_amplifies(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    model, right = amplifying(), TimmBlock.mlp_residual
+    target = model.blocks[5]
+
+    def wrong(self: TimmBlock, x: Tensor) -> Tensor:
+        return right(self, x) + (size * torch.arange(x.shape[-1]) if self.module is target else 0)
+
+    monkeypatch.setattr(TimmBlock, "mlp_residual", wrong)
+    result = verify(model)
+    assert not result.passed
+    assert result.first_block == 5
+    with pytest.raises(VerificationError, match="first in block 5"):
+        prune_(model)
+
+
+def test_amplified_rounding_is_not_excused_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_float64(self: Tensor) -> Tensor:
+        raise TypeError(
+            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+        )
+
+    model = amplifying()
+    monkeypatch.setattr(Tensor, "double", no_float64)
+    monkeypatch.setattr("cpvit.pruning.verify.relative_error", lambda got, expected: 1e-5)
+    monkeypatch.setattr("cpvit.pruning.verify.tolerance", lambda dtype, depth: 1e-6 if depth > 1 else 1e-4)
+    result = verify(model)
+    assert not result.passed
+    assert result.own_error is None
 
 
 def test_embeddings_that_draw_at_random_draw_alike_and_change_no_generator(model: Any) -> None:
