@@ -138,6 +138,10 @@ class TestExports:
     [
         (MemoryError(), "cpvit: error: out of memory: there is none left"),
         (MemoryError("Unable to allocate 9 GiB"), "cpvit: error: out of memory: Unable to allocate 9 GiB"),
+        (
+            RuntimeError("could not create a primitive"),
+            "cpvit: error: out of memory, most likely: oneDNN could not create a primitive",
+        ),
         (ImportError("no room\nto map it"), "cpvit: error: a package cannot be loaded: no room to map it"),
     ],
 )

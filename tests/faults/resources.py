@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ class Fault(NamedTuple):
     """What the child does first."""
     lift: Callable[[], object]
     """There is enough again."""
+    aborts: bool = False
+    """Whether a library may end the process: C++ has no other answer to a lack of memory where nobody catches it."""
 
 
 def nothing() -> None:
@@ -161,7 +164,7 @@ def little_memory(subject: Subject, choose: random.Random, out: Path, stack: Exi
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    return Fault(prepare, nothing)
+    return Fault(prepare, nothing, aborts=True)
 
 
 FAULTS: Mapping[str, Callable[[Subject, random.Random, Path, ExitStack], Fault]] = MappingProxyType(
@@ -202,17 +205,20 @@ def meet(name: str, fault: Callable[..., Fault], choose: random.Random) -> str:
     with tempfile.TemporaryDirectory(dir=inputs().folder) as folder, ExitStack() as stack:
         out, said = Path(folder) / "out", Path(folder) / "said"
         out.mkdir()
-        prepare, lift = fault(subject, choose, out, stack)
+        met = fault(subject, choose, out, stack)
 
         def run() -> int:
-            prepare()
+            met.prepare()
             return subject.run(out)
 
         try:
             status, _ = finished(run, said)
         finally:
-            lift()
-        if status:
+            met.lift()
+        aborted = met.aborts and status == -signal.SIGABRT
+        if aborted:
+            assert not (halves := broken(out)), f"half-written: {halves}"
+        elif status:
             check_refusal(status, said.read_text(), out)
         else:
             assert not (wrong := differing(products(out), expected)), (
@@ -221,6 +227,8 @@ def meet(name: str, fault: Callable[..., Fault], choose: random.Random) -> str:
         status_again, _ = finished(lambda: subject.run(out), said)
         assert status_again == 0, f"fails without the fault as well: {said.read_text()[-500:]}"
         assert not (wrong := differing(products(out), expected)), f"differs after the fault: {wrong}"
+    if aborted:
+        return "ended by a library, then done"
     return "refused in one line, then done" if status else "done all the same"
 
 

@@ -16,8 +16,19 @@ from cpvit.bulk.requirements import required
 from cpvit.finetune.checkpoint import TrainingState, load_state
 from cpvit.finetune.history import COLUMNS
 
-VOLATILE = {"made_by", "seconds", "images_per_s", "environment", "resumed_at", "stages", "out", "path"}
-"""Keys of records whose values say when, where and how fast."""
+VOLATILE = {
+    "made_by",
+    "seconds",
+    "images_per_s",
+    "environment",
+    "resumed_at",
+    "stages",
+    "out",
+    "path",
+    "parity",
+}
+"""Keys of records whose values say when, where and how fast, and how an export rounded: where memory is short, matrices
+are multiplied in another way. Of an export the graph itself is compared."""
 CHECKPOINT = "checkpoint.safetensors"
 
 

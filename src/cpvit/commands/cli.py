@@ -90,9 +90,16 @@ def run_cli(
         complain(prog, _one_line(f"{what}: {reason}"))
         return 1
     except USER_ERRORS as error:
-        complain(prog, _one_line(str(error) or type(error).__name__))
+        complain(prog, _one_line(_reason(error)))
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if text == "could not create a primitive":  # all that oneDNN says where it gets no memory
+        return f"out of memory, most likely: oneDNN {text}"
+    return text
 
 
 def parse(

@@ -36,7 +36,7 @@ class Verification:
     tolerance: float
     first_block: int | None
     """First block whose output differs, None if none does."""
-    own_error: float | None = None
+    own_error: float | None
     """Largest difference that any block, or what follows them, makes by itself, given the host's own tokens, in
     float64. Looked for only where the outputs differ by more than the tolerance; None where it differs without that
     much precision already, or cannot be told."""
@@ -114,7 +114,7 @@ def _compare(host: Host, image: Tensor) -> Verification:
         ) from failure
     error = relative_error(got, expected)
     if error <= limit:
-        return Verification(host.name, host.family, error, limit, None)
+        return Verification(host.name, host.family, error, limit, None, None)
     own, first = _by_themselves(host, image)
     return Verification(host.name, host.family, error, limit, first, own)
 
@@ -176,6 +176,8 @@ def _by_themselves(host: Host, image: Tensor) -> tuple[float | None, int | None]
         return None, _first(errors[:-1], limit)
     try:
         errors = _errors(host, image.double())
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError):  # no float64 on this device, or not in this model
         return None, None
     first = _first(errors[:-1], tolerance(torch.float64, 1))
