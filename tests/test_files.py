@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_vit
+from torch import nn
 
 from cpvit import Plan, PruneConfig, prune_, save_pruned
 from cpvit.commands.cli import run_cli
@@ -151,6 +153,20 @@ def test_no_memory_is_one_line(error: Exception, says: str, capsys: pytest.Captu
 
     assert run_cli(fail, [], prog="cpvit") == 1
     assert capsys.readouterr().err.strip() == says
+
+
+def test_what_failed_is_let_go_before_the_error_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+
+    def fail() -> None:
+        held = nn.Linear(2, 2)
+        made.append(weakref.ref(held))
+        raise MemoryError
+
+    said: list[object] = []
+    monkeypatch.setattr("cpvit.commands.cli.complain", lambda prog, line: said.append(made[0]()))
+    assert run_cli(fail, [], prog="cpvit") == 1
+    assert said == [None]
 
 
 def test_the_weights_keep_their_values_while_macs_are_counted() -> None:

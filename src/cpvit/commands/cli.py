@@ -77,6 +77,7 @@ def run_cli(
     try:
         with command_line((prog, *arguments)):
             parse(functions, arguments, prog)()
+        return 0
     except SystemExit as stop:  # --help, or a command line tyro refused
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -85,14 +86,13 @@ def run_cli(
     except BrokenPipeError:
         return 1
     except (MemoryError, ImportError) as error:
-        reason = str(error) or "there is none left"
         what = "out of memory" if isinstance(error, MemoryError) else "a package cannot be loaded"
-        complain(prog, _one_line(f"{what}: {reason}"))
-        return 1
+        complaint = f"{what}: {str(error) or 'there is none left'}"
     except USER_ERRORS as error:
-        complain(prog, _one_line(_reason(error)))
-        return 1
-    return 0
+        complaint = _reason(error)
+    # Said only here: an error holds all that the command had made, and saying it may need that memory.
+    complain(prog, _one_line(complaint))
+    return 1
 
 
 def _reason(error: Exception) -> str:
