@@ -155,6 +155,18 @@ def test_no_memory_is_one_line(error: Exception, says: str, capsys: pytest.Captu
     assert capsys.readouterr().err.strip() == says
 
 
+def test_an_error_that_finds_no_memory_for_its_words_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class WordyError(RuntimeError):
+        def __str__(self) -> str:
+            raise MemoryError
+
+    def fail() -> None:
+        raise WordyError
+
+    assert run_cli(fail, [], prog="cpvit") == 1
+    assert capsys.readouterr().err.strip() == "cpvit: error: out of memory: there is none left"
+
+
 def test_what_failed_is_let_go_before_the_error_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[nn.Module]] = []
 

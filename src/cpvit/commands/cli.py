@@ -17,6 +17,8 @@ from cpvit.commands.terminal import TerminalOptions, command_line, complain, ter
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
 """What the library raises with a message meant for the user. Anything else is a bug and shows its traceback."""
 
+NO_MEMORY = "out of memory: there is none left"
+
 
 def commands() -> dict[str, Callable[..., None]]:
     """Subcommand to function."""
@@ -85,9 +87,10 @@ def run_cli(
         return 130
     except BrokenPipeError:
         return 1
-    except (MemoryError, ImportError) as error:
-        what = "out of memory" if isinstance(error, MemoryError) else "a package cannot be loaded"
-        complaint = f"{what}: {str(error) or 'there is none left'}"
+    except MemoryError as error:
+        complaint = f"out of memory: {error}" if str(error) else NO_MEMORY
+    except ImportError as error:
+        complaint = f"a package cannot be loaded: {error}"
     except USER_ERRORS as error:
         complaint = _reason(error)
     # Said only here: an error holds all that the command had made, and saying it may need that memory.
@@ -96,7 +99,10 @@ def run_cli(
 
 
 def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
+    try:
+        text = str(error) or type(error).__name__
+    except MemoryError:  # some errors of torch put their words together only now
+        return NO_MEMORY
     if text == "could not create a primitive":  # all that oneDNN says where it gets no memory
         return f"out of memory, most likely: oneDNN {text}"
     return text
