@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -321,6 +322,21 @@ def test_a_wrong_number_of_outputs_and_nan_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"answers \(16, 11\) with NaN"):
         export(model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_program_is_refused_without_the_traceback_that_torch_logs(tmp_path: Path) -> None:
+    (tmp_path / "cut.pt2").write_bytes(b"PK")
+    logged: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("torch.export")
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(ExportError, match=r"torch cannot read .*cut\.pt2"):
+            open_exported(tmp_path / "cut.pt2")
+    finally:
+        logger.removeHandler(handler)
+    assert logged == []
+    assert not logger.disabled
 
 
 def test_foreign_damaged_and_missing_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,8 +25,12 @@ from cpvit import Plan, PruneConfig, load_pruned, prune_, save_pruned
 from cpvit.commands.cli import USER_ERRORS
 from cpvit.data import Preprocessing, find_samples, make_loader
 from cpvit.data.images import decode
+from cpvit.export import ExportOptions, export, open_exported
+from cpvit.export.description import SUFFIXES, Format
 from cpvit.plans.escalation import load_plan
+from cpvit.report import load_record, write_report
 from cpvit.weights.loading import load_checkpoint
+from tests.faults.subjects import inputs, network_of
 
 MODEL = "test_vit"
 SECONDS = 20.0
@@ -182,6 +187,33 @@ def read_picture(data: bytes, folder: Path) -> None:
     decode(data, "picture")
 
 
+@cache
+def record_file() -> bytes:
+    """What ``cpvit eval --json`` writes, images and all."""
+    return inputs().record.read_bytes()
+
+
+@cache
+def exported_file(to: Format) -> bytes:
+    pruned = network_of(0)
+    prune_(pruned, PruneConfig(method="cpvit-merge", macs=0.7))
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / f"model{SUFFIXES[to]}"
+        return export(pruned, target, ExportOptions(to=to)).path.read_bytes()
+
+
+def read_record(data: bytes, folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_bytes(data)
+    write_report([load_record(path)], folder / "page.html")
+
+
+def read_exported(to: Format, data: bytes, folder: Path) -> None:
+    path = folder / f"model{SUFFIXES[to]}"
+    path.write_bytes(data)
+    open_exported(path, threads=1)
+
+
 def fuzzers() -> dict[str, Callable[[int], str]]:
     """Every kind of file that the package reads, by name."""
     kinds: dict[str, tuple[Callable[[bytes, Path], object], Callable[[], bytes]]] = {
@@ -194,6 +226,11 @@ def fuzzers() -> dict[str, Callable[[int], str]]:
         "PNG": (read_picture, partial(picture, "PNG")),
         "WebP": (read_picture, partial(picture, "WEBP")),
     }
+    if find_spec("jinja2") and find_spec("vl_convert"):
+        kinds["record"] = (read_record, record_file)
+    kinds["exported, torch"] = (partial(read_exported, "torch"), partial(exported_file, "torch"))
+    if find_spec("onnxruntime"):
+        kinds["exported, ONNX"] = (partial(read_exported, "onnx"), partial(exported_file, "onnx"))
     for name in saved_folder():
         kinds[f"saved folder, {name}"] = (partial(read_saved, name), partial(_saved, name))
     return {name: partial(case, read, whole) for name, (read, whole) in kinds.items()}

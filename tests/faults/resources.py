@@ -41,8 +41,8 @@ class Fault(NamedTuple):
     """What the child does first."""
     lift: Callable[[], object]
     """There is enough again."""
-    aborts: bool = False
-    """Whether a library may end the process: C++ has no other answer to a lack of memory where nobody catches it."""
+    may_end: tuple[int, ...] = ()
+    """Signals by which a library may end the process: torch's and V8's C++ have no other answer to a lack of memory."""
 
 
 def nothing() -> None:
@@ -164,7 +164,7 @@ def little_memory(subject: Subject, choose: random.Random, out: Path, stack: Exi
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-    return Fault(prepare, nothing, aborts=True)
+    return Fault(prepare, nothing, may_end=(signal.SIGABRT, signal.SIGTRAP))
 
 
 FAULTS: Mapping[str, Callable[[Subject, random.Random, Path, ExitStack], Fault]] = MappingProxyType(
@@ -215,8 +215,8 @@ def meet(name: str, fault: Callable[..., Fault], choose: random.Random) -> str:
             status, _ = finished(run, said)
         finally:
             met.lift()
-        aborted = met.aborts and status == -signal.SIGABRT
-        if aborted:
+        ended = -status in met.may_end
+        if ended:
             assert not (halves := broken(out)), f"half-written: {halves}"
         elif status:
             check_refusal(status, said.read_text(), out)
@@ -227,7 +227,7 @@ def meet(name: str, fault: Callable[..., Fault], choose: random.Random) -> str:
         status_again, _ = finished(lambda: subject.run(out), said)
         assert status_again == 0, f"fails without the fault as well: {said.read_text()[-500:]}"
         assert not (wrong := differing(products(out), expected)), f"differs after the fault: {wrong}"
-    if aborted:
+    if ended:
         return "ended by a library, then done"
     return "refused in one line, then done" if status else "done all the same"
 

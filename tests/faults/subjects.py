@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cpvit import PruneConfig, prune_, save_pruned
-from cpvit.commands.cli import USER_ERRORS, commands, main
+from cpvit.commands.cli import commands, main, run_cli
 from tests.faults.children import finished
 from tests.faults.wholeness import products
 
@@ -172,14 +172,14 @@ def _command(name: str) -> Callable[[Path], int]:
 
 
 def _saving(out: Path) -> int:
-    network = network_of(0)
-    prune_(network, PruneConfig(method="cpvit-merge", macs=0.7))
-    try:
+    """A script that uses the library, with the command line's one line for errors."""
+
+    def save() -> None:
+        network = network_of(0)
+        prune_(network, PruneConfig(method="cpvit-merge", macs=0.7))
         save_pruned(network, out / "saved")
-    except USER_ERRORS as error:
-        print(f"cpvit: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_cli(save, [], prog="cpvit")
 
 
 def _together(name: str) -> Callable[[Path], int]:

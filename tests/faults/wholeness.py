@@ -16,19 +16,11 @@ from cpvit.bulk.requirements import required
 from cpvit.finetune.checkpoint import TrainingState, load_state
 from cpvit.finetune.history import COLUMNS
 
-VOLATILE = {
-    "made_by",
-    "seconds",
-    "images_per_s",
-    "environment",
-    "resumed_at",
-    "stages",
-    "out",
-    "path",
-    "parity",
-}
-"""Keys of records whose values say when, where and how fast, and how an export rounded: where memory is short, matrices
-are multiplied in another way. Of an export the graph itself is compared."""
+VOLATILE = {"made_by", "seconds", "images_per_s", "environment", "resumed_at", "stages", "out", "path"}
+"""Keys of records whose values say when, where and how fast."""
+ROUNDED = {"max_difference", "typical_difference", "kl", "distance"}
+"""Keys of an export's parity that say how both sides rounded: where memory is short, matrices are multiplied in another
+way. The graph itself is compared to the last bit."""
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -137,7 +129,8 @@ def _tensors(values: dict[str, Any]) -> dict[str, object]:
 def lasting(values: Any) -> Any:
     """A record without what depends on the hour and the machine."""
     if isinstance(values, dict):
-        return {key: lasting(value) for key, value in values.items() if key not in VOLATILE}
+        dropped = VOLATILE | ROUNDED if "most_kl" in values else VOLATILE
+        return {key: lasting(value) for key, value in values.items() if key not in dropped}
     return [lasting(value) for value in values] if isinstance(values, list) else values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -165,10 +166,21 @@ def _nothing_but_tensors() -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextlib.contextmanager
+def _no_traceback() -> Iterator[None]:
+    """torch logs the whole traceback of a file that it cannot read, and then raises all the same."""
+    logger = logging.getLogger("torch.export")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _open_torch(path: Path) -> tuple[str | None, Run]:
     files = {KEY: ""}
     try:
-        with warnings.catch_warnings(), _nothing_but_tensors():
+        with warnings.catch_warnings(), _nothing_but_tensors(), _no_traceback():
             warnings.simplefilter("ignore")
             module = torch.export.load(path, extra_files=files).module()
     except Exception as error:  # whatever a damaged archive leads to
