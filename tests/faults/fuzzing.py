@@ -28,7 +28,7 @@ from cpvit.data.images import decode
 from cpvit.export import ExportOptions, export, open_exported
 from cpvit.export.description import SUFFIXES, Format
 from cpvit.plans.escalation import load_plan
-from cpvit.report import load_record, write_report
+from cpvit.report import ReportError, load_record, write_report
 from cpvit.weights.loading import load_checkpoint
 from tests.faults.subjects import inputs, network_of
 
@@ -205,7 +205,12 @@ def exported_file(to: Format) -> bytes:
 def read_record(data: bytes, folder: Path) -> None:
     path = folder / "record.json"
     path.write_bytes(data)
-    write_report([load_record(path)], folder / "page.html")
+    try:
+        write_report([load_record(path)], folder / "page.html")
+    except ReportError:
+        raise
+    except ValueError as error:
+        raise AssertionError(f"does not say what is wrong, and where: {error}") from error
 
 
 def read_exported(to: Format, data: bytes, folder: Path) -> None:

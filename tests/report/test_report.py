@@ -175,6 +175,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: {"name": "demo", "picture": 3}, r"a.json is none of the records .* \(it holds name, picture\)"),
     (dict, r"it holds nothing"),
     (lambda: sweep_record() | {"images": "many"}, "a.json: images: expected a whole number, got 'many'"),
+    (
+        lambda: sweep_record() | {"dense_top1": 101.0},
+        "a.json: dense_top1: expected a percentage from 0 to 100, got 101.0",
+    ),
     (lambda: sweep_record() | {"points": 3}, "a.json: points: expected a list, got 3"),
     (
         lambda: sweep_record() | {"points": [sweep_record()["points"][0] | {"top1": None}]},

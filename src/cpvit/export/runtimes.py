@@ -113,7 +113,7 @@ def _described(path: Path, text: str | None) -> Description:
 def _open_onnx(path: Path, threads: int) -> tuple[str | None, Run]:
     onnxruntime = required("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it raises it need not print as well
     options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

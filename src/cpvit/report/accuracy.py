@@ -101,16 +101,16 @@ def _points(record: Record) -> Iterator[tuple[str, int, Point | None, list[Point
     fields = record.fields
     if record.kind == "sweep":
         images = fields.count("images")
-        dense = _dense(fields.number("dense_top1"), fields.number("dense_top5"), images)
+        dense = _dense(fields.percent("dense_top1"), fields.percent("dense_top5"), images)
         points = [
             _point(one, one.text("method"), one.text("schedule"), images) for one in fields.children("points")
         ]
         yield fields.text("model"), images, dense, points
     elif record.kind == "eval":
         images, side, pruned = fields.count("images"), fields.child("dense"), fields.child("pruned")
-        dense = _dense(side.number("top1"), side.number("top5"), images)
+        dense = _dense(side.percent("top1"), side.percent("top5"), images)
         plan = fields.child("plan")
-        values = {**fields.values, "top1": pruned.number("top1"), "top5": pruned.number("top5")}
+        values = {**fields.values, "top1": pruned.percent("top1"), "top5": pruned.percent("top5")}
         name = plan.text("method") + (" in two stages" if "escalation" in fields else "")
         point = _point(Fields(values, fields.place), name, plan.text("schedule"), images)
         yield fields.text("model"), images, dense, [point]
@@ -130,7 +130,7 @@ def _exported(fields: Fields) -> tuple[str, int, Point | None, list[Point]]:
     dense = None
     if "dense" in fields:
         side = fields.child("dense")
-        dense = _dense(side.number("top1"), side.number("top5"), images)
+        dense = _dense(side.percent("top1"), side.percent("top5"), images)
         found |= {"kl": side.number("kl"), "agreement": side.number("agreement")}
     note = f"{described.text('format')}, {described.text('precision')}"
     name = f"{'dense model' if plan is None else plan.text('method')}, {note}"
@@ -143,12 +143,12 @@ def _dense(top1: float, top5: float, images: int) -> Point:
 
 
 def _point(fields: Fields, method: str, note: str, images: int) -> Point:
-    top1 = fields.number("top1")
+    top1 = fields.percent("top1")
     return Point(
         method=method,
         macs=fields.number("macs_ratio"),
         top1=top1,
-        top5=fields.number("top5"),
+        top5=fields.percent("top5"),
         low=wilson(top1, images)[0],
         high=wilson(top1, images)[1],
         kl=fields.number("kl") if "kl" in fields else None,

@@ -31,6 +31,13 @@ class Fields:
             raise self._wrong(name, "a number")
         return float(value)
 
+    def percent(self, name: str) -> float:
+        """A number from 0 to 100."""
+        value = self.number(name)
+        if not 0 <= value <= 100:
+            raise self._wrong(name, "a percentage from 0 to 100")
+        return value
+
     def count(self, name: str) -> int:
         """A whole number, at least 0."""
         value = self.values.get(name)

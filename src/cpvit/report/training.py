@@ -40,7 +40,7 @@ def _run(record: Record) -> Run:
         loss=thinned(history.series("loss")),
         rate=thinned(history.series("learning_rate")),
         top1=tuple(
-            (one.count("step"), one.number("top1"), one.number("loss"))
+            (one.count("step"), one.percent("top1"), one.number("loss"))
             for one in fields.children("evaluations")
         ),
         seconds=fields.number("seconds"),
