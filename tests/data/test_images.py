@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import threading
 import warnings
 from pathlib import Path
@@ -34,6 +35,21 @@ def test_every_mode_becomes_rgb() -> None:
     for name, data in files.items():
         image = decode(data, name)
         assert (image.mode, image.size) == ("RGB", (23, 17))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "TGA", "PDF", "IM", "SGI"])
+def test_what_a_name_hides_is_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called; rare decoders are the ones that break."""
+    monkeypatch.setattr(subprocess, "check_call", None)
+    with pytest.raises(
+        BadImageError, match=r"x\.jpg: Pillow does not .* image \((AVIF, )?BMP, GIF, JPEG, .*WEBP\);"
+    ):
+        decode(encoded(noise(2), kind), "x.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "MPO", "PPM", "TIFF", "BMP"])
+def test_other_formats_that_photographs_come_in(kind: str) -> None:
+    assert decode(encoded(noise(2), kind), "x").size == (23, 17)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import tarfile
 import time
 import warnings
 import zipfile
@@ -873,6 +874,30 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; old files are not gone
         torch.jit.save(torch.jit.script(nn.Linear(2, 3)), tmp_path / "w.pt")
+    unreadable(tmp_path / "w.pt", "is a TorchScript program, which holds code; save its state_dict")
+
+
+def test_a_tar_that_begins_like_a_pickle_is_refused_before_torch_unpacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How torch saved in its first versions: torch 2.5 unpacks it, with whatever its members are called."""
+    with tarfile.open(tmp_path / "w.pth", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        for name in ("\x80", "storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert (tmp_path / "w.pth").read_bytes()[:1] == b"\x80"
+    monkeypatch.setattr(torch, "load", None)
+    unreadable(tmp_path / "w.pth", "is a tar archive, which torch would unpack .*; save its state_dict")
+
+
+def test_torchscript_is_recognised_by_torchs_own_list_of_what_is_in_an_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's reader and torch's can be shown different lists in the same bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 3)), tmp_path / "w.pt")
+    monkeypatch.setattr(zipfile.ZipFile, "namelist", lambda _: ["w/data.pkl"])
+    monkeypatch.setattr(torch, "load", None)
     unreadable(tmp_path / "w.pt", "is a TorchScript program, which holds code; save its state_dict")
 
 

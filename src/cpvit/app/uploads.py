@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cpvit.data import Preprocessing
-from cpvit.data.images import SKIP_HINT, BadImageError, decode
+from cpvit.data.images import SKIP_HINT, BadImageError, decode, opened
 
 MOST_BYTES = 20 << 20
 MOST_PIXELS = 40_000_000
@@ -62,7 +61,7 @@ def _size(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with opened(data) as image:
                 return image.size
     except Exception:  # whatever Pillow's plugins make of a broken file, a decompression bomb among it
         return 0, 0

@@ -7,12 +7,18 @@ import io
 import threading
 import warnings
 from contextlib import ExitStack
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 SKIP_HINT = ", or leave such files out with skip_bad_images=True (--skip-bad-images)"
 """How every message of `bad_image` ends; for callers that do not offer this, to take it off."""
+
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, whatever a file is called. Pillow knows thirty more: rare ones, whose decoders break, and PostScript,
+which it has another program run."""
 
 
 class BadImageError(ValueError):
@@ -54,17 +60,30 @@ def decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise bad_image(name, "the file is empty")
     try:
-        with _STRICT, Image.open(io.BytesIO(data)) as image:
+        with _STRICT, opened(data) as image:
             return _to_rgb(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise bad_image(name, "Pillow does not recognise it as an image") from None
+        known = ", ".join(_formats())
+        raise bad_image(name, f"Pillow does not recognise it as an image ({known})") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             raise
         # Broken files make Pillow's plugins raise almost anything (OSError, SyntaxError, struct.error, ...).
         raise bad_image(name, str(error) or type(error).__name__) from error
+
+
+def opened(data: bytes) -> Image.Image:
+    """The image, of which only the header has been read; whatever Pillow raises, if it is none of `FORMATS`."""
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

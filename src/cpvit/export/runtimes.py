@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,16 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from cpvit.export.description import INPUT, KEY, SUFFIXES, Description, ExportError, Format
 from cpvit.export.openvino_files import last_line, read_openvino
 from cpvit.export.program import to_uint8
 from cpvit.export.requirements import required
+from cpvit.weights.pickles import more_than_values
+
+WEIGHTS_ONLY_IS_ENOUGH = torch.__version__ >= TorchVersion("2.6")
+"""Before that torch.load runs TorchScript and unpacks archives in spite of it (:mod:`cpvit.weights.pickles`)."""
 
 Run: TypeAlias = Callable[[NDArray[Any]], NDArray[numpy.float32]]
 
@@ -177,11 +184,22 @@ def _no_traceback() -> Iterator[None]:
         logger.disabled = before
 
 
+def _refuse_code(path: Path) -> None:
+    """What torch 2.5 would not."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            more = more_than_values(io.BytesIO(archive.read(name)))
+            if more is not None:
+                raise ValueError(f"{name} in it is {more}")
+
+
 def _open_torch(path: Path) -> tuple[str | None, Run]:
     files = {KEY: ""}
     try:
         with warnings.catch_warnings(), _nothing_but_tensors(), _no_traceback():
             warnings.simplefilter("ignore")
+            if not WEIGHTS_ONLY_IS_ENOUGH:
+                _refuse_code(path)
             module = torch.export.load(path, extra_files=files).module()
     except Exception as error:  # whatever a damaged archive leads to
         raise ExportError(f"torch cannot read {path}: {last_line(error)}") from error

@@ -19,6 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from cpvit.weights.pickles import more_than_values
+
 State: TypeAlias = dict[str, Tensor]
 
 
@@ -147,6 +149,10 @@ def _read_safetensors(file: Path) -> object:
 
 
 def _read_torch(file: Path) -> object:
+    with file.open("rb") as stream:
+        more = more_than_values(stream)
+    if more is not None:
+        raise CheckpointError(f"is {more}; save its state_dict() as safetensors")
     try:
         # torch warns about rare pickle protocols; what it cannot read is refused below.
         with warnings.catch_warnings(), _namespaces_allowed():
