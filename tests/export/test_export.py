@@ -389,6 +389,23 @@ def test_a_torch_file_cannot_run_code(tmp_path: Path) -> None:
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
+def test_a_damaged_openvino_file_is_read_as_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``read_model`` tries the readers of TensorFlow and Paddle on it; what OpenVINO quotes of it may be no text."""
+    export(pruned_vit(), tmp_path / "m.xml", ExportOptions(to="openvino"))
+    whole = (tmp_path / "m.xml").read_bytes()
+    monkeypatch.setattr("openvino.Core.read_model", None)
+    assert open_exported(tmp_path / "m.xml").description.format == "openvino"
+    for damaged, said in (
+        (b"no XML", "No document element"),
+        (whole.replace(b'type="P', b'type="\xf2'), "is no text"),
+    ):
+        (tmp_path / "m.xml").write_bytes(damaged)
+        with pytest.raises(ExportError, match=f"OpenVINO cannot read .*m.xml: .*{said}"):
+            open_exported(tmp_path / "m.xml")
+
+
 def test_a_missing_weights_file(tmp_path: Path) -> None:
     export(pruned_vit(), tmp_path / "m.xml", ExportOptions(to="openvino"))
     (tmp_path / "m.bin").unlink()

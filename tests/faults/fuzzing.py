@@ -13,6 +13,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 import timm
@@ -31,6 +32,9 @@ from cpvit.plans.escalation import load_plan
 from cpvit.report import ReportError, load_record, write_report
 from cpvit.weights.loading import load_checkpoint
 from tests.faults.subjects import inputs, network_of
+
+Fuzzer: TypeAlias = tuple[Callable[[bytes, Path], object], Callable[[], bytes]]
+"""What reads a damaged file in a folder, and what makes a whole one."""
 
 MODEL = "test_vit"
 SECONDS = 20.0
@@ -193,13 +197,23 @@ def record_file() -> bytes:
     return inputs().record.read_bytes()
 
 
+def one_block() -> nn.Module:
+    """torch's reader builds a graph again operation by operation: more blocks take seconds, and say nothing new."""
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    ).eval()
+
+
 @cache
-def exported_file(to: Format) -> bytes:
-    pruned = network_of(0)
-    prune_(pruned, PruneConfig(method="cpvit-merge", macs=0.7))
+def exported_files(to: Format) -> Mapping[str, bytes]:
+    """What ``open_exported`` reads, by suffix: one file, or OpenVINO's pair."""
+    pruned, macs = (one_block(), 0.9) if to == "torch" else (network_of(0), 0.7)
+    prune_(pruned, PruneConfig(method="cpvit-merge", macs=macs))
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / f"model{SUFFIXES[to]}"
-        return export(pruned, target, ExportOptions(to=to)).path.read_bytes()
+        export(pruned, Path(folder) / f"model{SUFFIXES[to]}", ExportOptions(to=to))
+        files = (path for path in Path(folder).iterdir() if path.suffix != ".json")
+        return MappingProxyType({path.suffix: path.read_bytes() for path in files})
 
 
 def read_record(data: bytes, folder: Path) -> None:
@@ -213,15 +227,15 @@ def read_record(data: bytes, folder: Path) -> None:
         raise AssertionError(f"does not say what is wrong, and where: {error}") from error
 
 
-def read_exported(to: Format, data: bytes, folder: Path) -> None:
-    path = folder / f"model{SUFFIXES[to]}"
-    path.write_bytes(data)
-    open_exported(path, threads=1)
+def read_exported(to: Format, damaged: str, data: bytes, folder: Path) -> None:
+    for suffix, content in exported_files(to).items():
+        (folder / f"model{suffix}").write_bytes(data if suffix == damaged else content)
+    open_exported(folder / f"model{SUFFIXES[to]}", threads=1)
 
 
 def fuzzers() -> dict[str, Callable[[int], str]]:
     """Every kind of file that the package reads, by name."""
-    kinds: dict[str, tuple[Callable[[bytes, Path], object], Callable[[], bytes]]] = {
+    kinds: dict[str, Fuzzer] = {
         "checkpoint, safetensors": (partial(read_checkpoint, ".safetensors"), safetensors_file),
         "checkpoint, pth": (partial(read_checkpoint, ".pth"), torch_file),
         "checkpoint, npz": (partial(read_checkpoint, ".npz"), numpy_file),
@@ -233,12 +247,19 @@ def fuzzers() -> dict[str, Callable[[int], str]]:
     }
     if find_spec("jinja2") and find_spec("vl_convert"):
         kinds["record"] = (read_record, record_file)
-    kinds["exported, torch"] = (partial(read_exported, "torch"), partial(exported_file, "torch"))
+    kinds["exported, torch"] = _exported("torch", ".pt2")
     if find_spec("onnxruntime"):
-        kinds["exported, ONNX"] = (partial(read_exported, "onnx"), partial(exported_file, "onnx"))
+        kinds["exported, ONNX"] = _exported("onnx", ".onnx")
+    if find_spec("openvino"):
+        kinds["exported, OpenVINO"] = _exported("openvino", ".xml")
+        kinds["exported, OpenVINO's weights"] = _exported("openvino", ".bin")
     for name in saved_folder():
         kinds[f"saved folder, {name}"] = (partial(read_saved, name), partial(_saved, name))
     return {name: partial(case, read, whole) for name, (read, whole) in kinds.items()}
+
+
+def _exported(to: Format, damaged: str) -> Fuzzer:
+    return partial(read_exported, to, damaged), lambda: exported_files(to)[damaged]
 
 
 def _saved(name: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpvit.export.description import KEY, OUTPUT, Description, ExportError
+from cpvit.export.description import KEY, OUTPUT, SUFFIXES, Description, ExportError
 from cpvit.export.requirements import required
 
 
@@ -17,9 +17,21 @@ def read_openvino(path: Path) -> Any:
     """
     openvino = required("openvino")
     try:
+        if path.suffix == SUFFIXES["openvino"]:
+            return _read_own(path)
         return openvino.Core().read_model(path)
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot read {path}: {last_line(error)}") from error
+    except UnicodeDecodeError as error:  # it quotes the file
+        raise ExportError(f"OpenVINO cannot read {path}: what it says of it is no text") from error
+
+
+def _read_own(path: Path) -> Any:
+    """By the reader of its own format: ``read_model`` would try those of TensorFlow and Paddle on what is damaged."""
+    from openvino.frontend import FrontEndManager
+
+    reader = FrontEndManager().load_by_framework("ir")
+    return reader.convert(reader.load(str(path)))
 
 
 def write_openvino(model: Any, path: Path, description: Description) -> None:

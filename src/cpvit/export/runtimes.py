@@ -139,7 +139,7 @@ def _open_openvino(path: Path, threads: int, bfloat16: bool) -> tuple[str | None
     openvino = required("openvino")
     model = read_openvino(path)
     text = None
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, UnicodeDecodeError):
         text = model.get_rt_info([KEY]).astype(str)
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -148,7 +148,7 @@ def _open_openvino(path: Path, threads: int, bfloat16: bool) -> tuple[str | None
     }
     try:
         request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise ExportError(f"OpenVINO cannot compile {path}: {last_line(error)}") from error
 
     def run(images: NDArray[Any]) -> NDArray[numpy.float32]:
