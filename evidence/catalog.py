@@ -186,42 +186,45 @@ ALL_RECORDS += (
 )
 
 CIFAR = "--model deit_tiny_patch16_224 --data cifar10-jpeg.tar.gz"
-TRAINED = (
-    f"finetune {CIFAR} --dense --batch-size 64 --layer-decay 0.75 --crop-scale 0.6 1.0 --dtype bfloat16 "
-    "--eval-limit 1000 --checkpoint-every 40"
-)
-ON_CIFAR = f"{CIFAR} --num-classes 10 --checkpoint cifar10/best/model.safetensors"
+RECIPE = f"finetune {CIFAR} --layer-decay 0.75 --crop-scale 0.6 1.0 --dtype bfloat16 --eval-limit 1000"
+ON_CIFAR = f"{CIFAR} --num-classes 10 --checkpoint cifar10/last/model.safetensors"
 TRAINING = (
-    f"{TRAINED} --checkpoint {WEIGHTS} --num-steps 240 --learning-rate 5e-4 --freeze-blocks 6 --output-dir dense",
-    f"{TRAINED} --checkpoint dense/best/model.safetensors --num-steps 200 --learning-rate 3e-4 --seed 1 "
+    f"{RECIPE} --dense --checkpoint {WEIGHTS} --image-size 112 --batch-size 128 --num-steps 2340 --learning-rate 5e-4 "
+    "--workers 1 --checkpoint-every 195 --eval-every 390 --output-dir dense-112",
+    f"{RECIPE} --dense --checkpoint dense-112/last/model.safetensors --num-steps 400 --learning-rate 3e-4 --seed 1 "
     "--output-dir cifar10",
 )
 TRAINED_ON = (
-    f"finetune {CIFAR} --checkpoint cifar10/best/model.safetensors --batch-size 64 --layer-decay 0.75 "
-    "--crop-scale 0.6 1.0 --dtype bfloat16 --freeze-blocks 6 --num-steps 400 --learning-rate 3e-4 --seed 2 "
-    "--checkpoint-every 50 --eval-limit 1000"
+    f"{RECIPE} --checkpoint cifar10/last/model.safetensors --num-steps 500 --learning-rate 3e-4 --seed 2"
 )
+CLAIM_BUDGETS = {"59": "0.59", "50": "0.5"}
 ALL_RECORDS += (
     Record(
         "cifar10-deit-tiny",
         f"sweep {ON_CIFAR} --limit 2000 --methods cpvit-merge,tome,cpvit --macs 0.7,0.6,0.5",
-        30,
+        10,
         TRAINING,
     ),
     Record(
         "cifar10-finetuned",
-        "--data cifar10-jpeg.tar.gz --start cifar10/best --control ft-control/best "
-        "--pruned ft-cpvit59/best ft-merge59/best",
-        90,
+        "--data cifar10-jpeg.tar.gz --start cifar10/last --control ft-control/last "
+        "--pruned ft-cpvit59/last ft-cpvit50/last ft-merge59/last ft-merge50/last",
+        150,
         (
             *TRAINING,
             f"{TRAINED_ON} --dense --output-dir ft-control",
-            f"{TRAINED_ON} --method cpvit --macs 0.59 --output-dir ft-cpvit59",
-            f"{TRAINED_ON} --method cpvit-merge --macs 0.59 --output-dir ft-merge59",
+            *(
+                f"{TRAINED_ON} --method {method} --macs {macs} --output-dir ft-{name}{budget}"
+                for budget, macs in CLAIM_BUDGETS.items()
+                for name, method in (("cpvit", "cpvit"), ("merge", "cpvit-merge"))
+            ),
         ),
         study="finetuned_claim",
     ),
-    Record("cifar10-claim", f"sweep {ON_CIFAR} --methods cpvit-merge,cpvit --macs 0.59,0.5", 40, TRAINING),
+    Record("cifar10-claim", f"sweep {ON_CIFAR} --methods cpvit-merge,cpvit --macs 0.59,0.5", 20, TRAINING),
+    Record(
+        "training-speed", "--data cifar10-jpeg.tar.gz --batch-size 32 --steps 4", 5, study="training_speed"
+    ),
 )
 
 ALL_TABLES = (
@@ -241,6 +244,7 @@ ALL_TABLES = (
     Table("claim", "docs/finetune.md", ("cifar10-claim",), comparisons.claim),
     Table("finetuned", "README.md", ("cifar10-finetuned",), comparisons.claim_finetuned),
     Table("claim-finetuned", "docs/finetune.md", ("cifar10-finetuned",), comparisons.claim_finetuned),
+    Table("training-speed", "README.md", ("training-speed",), speed.training),
     Table("seeds", "docs/accuracy.md", ("search-seeds-60", "search-seeds-50"), comparisons.seeds),
     Table(
         "rivals", "docs/accuracy.md", ("rivals-deit-tiny", "rivals-diffrate-deit-tiny"), comparisons.rivals

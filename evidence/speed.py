@@ -189,6 +189,21 @@ def profile(records: Loaded) -> str:
     return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
 
 
+def training(records: Loaded) -> str:
+    """Images a second of finetuning; pruned ones next to the faster of the dense ones."""
+    record = records["training-speed"]
+    speeds = {(row["dtype"], row["method"]): median(row["images_per_s"]) for row in record["rows"]}
+    dtypes, methods = (tuple(dict.fromkeys(names)) for names in zip(*speeds, strict=True))
+    dense = [method for method in methods if method.startswith("dense")]
+    rows = [[name, *(f"{speeds[dtype, name]:.1f}" for dtype in dtypes)] for name in dense]
+    for method in methods[len(dense) :]:
+        found = [(speeds[dtype, method], max(speeds[dtype, name] for name in dense)) for dtype in dtypes]
+        cells = [f"{speed:.1f} ({speed / fastest:.2f}x)" for speed, fastest in found]
+        rows.append([f"`{method}` at {100 * record['macs']:.0f}% of the MACs", *cells])
+    table = markdown(["images/s in training", *dtypes], rows)
+    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
+
+
 def machine(records: Iterable[Any]) -> str:
     """Where and when the records were made; a record that was made elsewhere shows."""
     found = []

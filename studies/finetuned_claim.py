@@ -1,10 +1,11 @@
 """Half of the patches gone, at most a point lost, *with* finetuning: trained models on the same test images.
 
-    python studies/finetuned_claim.py --data cifar10-jpeg.tar.gz --start cifar10/best --control ft-control/best \
-        --pruned ft-cpvit59/best ft-merge59/best
+    python studies/finetuned_claim.py --data cifar10-jpeg.tar.gz --start cifar10/last --control ft-control/last \
+        --pruned ft-cpvit59/last ft-merge59/last
 
 The folders are those that ``cpvit finetune`` writes. All but ``--start`` were trained from it, for as long, on the same
-augmented images; the control with nothing pruned. Every image is decoded once and goes through all of them.
+augmented images; the control with nothing pruned. Their records must say so, else nothing is compared. Every image is
+decoded once and goes through all of them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     dtype = getattr(torch, arguments.dtype)
+    trained_alike(arguments.control, arguments.pruned)
     dense = {name: trained(arguments.model, getattr(arguments, name)) for name in ("start", "control")}
     pruned = [load_pruned(folder) for folder in arguments.pruned]
     found = predictions([*dense.values(), *pruned], arguments.data, arguments.limit, dtype)
@@ -70,6 +72,27 @@ def main() -> None:
             "environment": dataclasses.asdict(here),
         }
         write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+
+
+def trained_alike(control: Path, pruned: list[Path]) -> None:
+    """Compare what decided the outcome of the runs, but for what was pruned.
+
+    Raises:
+        SystemExit: They differ.
+    """
+    runs = {
+        folder: json.loads((folder.resolve().parent / "record.json").read_text())["facts"]
+        for folder in pruned
+    }
+    expected = json.loads((control.resolve().parent / "record.json").read_text())["facts"]
+    for folder, facts in runs.items():
+        other = [
+            name
+            for name in {**expected, **facts}
+            if name != "pruning" and facts.get(name) != expected.get(name)
+        ]
+        if other:
+            raise SystemExit(f"{folder} was trained otherwise than {control}: {', '.join(other)}")
 
 
 def trained(name: str, folder: Path) -> nn.Module:

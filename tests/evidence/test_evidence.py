@@ -68,6 +68,23 @@ def study(name: str) -> Any:
     return module
 
 
+def test_models_that_were_trained_otherwise_are_not_compared(tmp_path: Path) -> None:
+    facts = {"num_steps": 500, "checkpoint": "sha", "pruning": "dense"}
+    runs = {
+        "control": facts,
+        "alike": {**facts, "pruning": {"macs": 0.5}},
+        "longer": {**facts, "num_steps": 900},
+    }
+    for name, found in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps({"facts": found}))
+    control, alike, longer = (tmp_path / name / "last" for name in runs)
+    compared = study("finetuned_claim")
+    compared.trained_alike(control, [alike])
+    with pytest.raises(SystemExit, match=r"longer.last was trained otherwise than .*control.last: num_steps"):
+        compared.trained_alike(control, [alike, longer])
+
+
 def test_there_is_no_record_that_no_table_is_made_from() -> None:
     assert {path.stem for path in RECORDS.glob("*.json")} == {record.name for record in MADE}, (
         "a record that is made is taken off NOT_MADE in evidence/catalog.py"

@@ -231,3 +231,13 @@ def test_a_loss_near_a_point_is_not_decided_by_few_images() -> None:
 def test_methods_on_another_data_set_are_compared_in_pairs() -> None:
     lines = comparisons.cifar10(swept()).splitlines()
     assert lines[-1].endswith("| 5.00 ± 0.49 | 0.850 (0.834 to 0.865) | 0.0500 ± 0.0020 | fewer |")
+
+
+def test_training_is_compared_with_the_faster_dense_model() -> None:
+    speeds = {"dense": [20, 21, 90], "dense, attention not fused": [28, 30, 29], "cpvit": [60, 58, 57]}
+    rows = [{"dtype": "bfloat16", "method": name, "images_per_s": found} for name, found in speeds.items()]
+    made_by = {"command": "python studies/training_speed.py", "time": "2026-11-29T10:00:00+00:00"}
+    made = {"macs": 0.59, "rows": rows, "environment": dataclasses.asdict(HERE), "made_by": made_by}
+    table = speed.training({"training-speed": _read(made)})
+    assert "| dense | 21.0 |" in table
+    assert "| `cpvit` at 59% of the MACs | 58.0 (2.00x) |" in table
