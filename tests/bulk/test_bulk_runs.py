@@ -298,7 +298,9 @@ def test_bad_images_are_rows_with_the_reason(
     found = ran("predict", weights, bad, tmp_path / "found", "--dense", "--batch-size", "1")
     assert "1 images could not be read; their rows say why" in capsys.readouterr().out
     said = found["error"][BAD].as_py()
-    assert said.startswith(f"cannot read image {name_of(BAD)}: Pillow does not recognise it as an image (")
+    assert said.startswith(
+        f"cannot read image {name_of(BAD)}: Pillow does not recognise it as an image of a format"
+    )
     assert said.endswith("WEBP); repair or remove it")
     assert found["classes"][BAD].as_py() is None
     others = [row for row in range(COUNT) if row != BAD]

@@ -42,7 +42,7 @@ def test_what_a_name_hides_is_not_read(kind: str, monkeypatch: pytest.MonkeyPatc
     """Pillow hands PostScript to Ghostscript, whatever the file is called; rare decoders are the ones that break."""
     monkeypatch.setattr(subprocess, "check_call", None)
     with pytest.raises(
-        BadImageError, match=r"x\.jpg: Pillow does not .* image \((AVIF, )?BMP, GIF, JPEG, .*WEBP\);"
+        BadImageError, match=r"x\.jpg: Pillow does not .* that is read \((AVIF, )?BMP, GIF, JPEG, .*WEBP\);"
     ):
         decode(encoded(noise(2), kind), "x.jpg")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import timm
+from packaging.version import Version
 from safetensors.torch import save_file
 
 from cpvit.commands.cli import commands, parse
@@ -83,6 +84,15 @@ def test_models_that_were_trained_otherwise_are_not_compared(tmp_path: Path) -> 
     compared.trained_alike(control, [alike])
     with pytest.raises(SystemExit, match=r"longer.last was trained otherwise than .*control.last: num_steps"):
         compared.trained_alike(control, [alike, longer])
+
+
+def test_an_advisory_is_about_the_versions_in_its_ranges_and_lists() -> None:
+    audit = study("audit_dependencies")
+    events = [{"introduced": "0"}, {"fixed": "2.0"}, {"introduced": "3.0"}, {"last_affected": "3.1"}]
+    entry = {"ranges": [{"type": "ECOSYSTEM", "events": events}], "versions": ["5.0"]}
+    found = [text for text in ("1.0", "2.0", "3.1", "3.2", "5.0") if audit.affects(entry, Version(text))]
+    assert found == ["1.0", "3.1", "5.0"]
+    assert not audit.affects({"ranges": [{"type": "GIT", "events": events}]}, Version("1.0"))
 
 
 def test_there_is_no_record_that_no_table_is_made_from() -> None:

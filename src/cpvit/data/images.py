@@ -66,7 +66,9 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise
     except UnidentifiedImageError:
         known = ", ".join(_formats())
-        raise bad_image(name, f"Pillow does not recognise it as an image ({known})") from None
+        raise bad_image(
+            name, f"Pillow does not recognise it as an image of a format that is read ({known})"
+        ) from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             raise

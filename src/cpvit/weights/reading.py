@@ -127,10 +127,6 @@ def _format_of_zip(file: Path) -> str:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         # ValueError: names that are no text. NotImplementedError: a version of the format that there is not.
         raise CheckpointError(f"is truncated or damaged ({_reason(error)}); download it again") from error
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(
-            "is a TorchScript program, which holds code; save its state_dict() as safetensors"
-        )
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
     if any(name.endswith(".npy") for name in names):
