@@ -9,7 +9,7 @@ from itertools import count
 
 import torch
 
-from tests.faults import concurrency, kills, properties, resources
+from tests.faults import concurrency, kills, leaving, properties, resources
 from tests.faults.campaign import Case, run
 from tests.faults.fuzzing import fuzzers
 
@@ -21,7 +21,8 @@ def campaigns() -> dict[str, Case]:
     """By name."""
     found: dict[str, Case] = {"properties": properties.case}
     found |= {f"fuzzing: {name}": case for name, case in fuzzers().items()}
-    return found | kills.campaigns() | resources.campaigns() | concurrency.campaigns()
+    found |= kills.campaigns() | resources.campaigns() | concurrency.campaigns()
+    return found | leaving.campaigns()
 
 
 def shares(names: list[str]) -> dict[str, float]:

@@ -155,7 +155,8 @@ def subjects() -> dict[str, Subject]:
         Subject(name, _command(name), again=name in ("finetune", "plan", "predict", "embed"))
         for name in WRITING
     ]
-    found.append(Subject("finetune, two processes", _together("finetune"), again=True, processes=2))
+    twice = _both(_command("finetune"))
+    found.append(Subject("finetune, two processes", twice, again=True, processes=2))
     found.append(Subject("save_pruned", _saving))
     return {subject.name: subject for subject in found}
 
@@ -182,24 +183,24 @@ def _saving(out: Path) -> int:
     return run_cli(save, [], prog="cpvit")
 
 
-def _together(name: str) -> Callable[[Path], int]:
-    """As torchrun would: two processes, told by the environment who they are."""
+def _both(command: Callable[[Path], int]) -> Callable[[Path], int]:
+    return lambda out: together(lambda: command(out))
 
-    def run(out: Path) -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        other = os.fork()
-        rank = 0 if other else 1
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        os.environ |= {key: str(value) for key, value in places.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        status = main(line_of(name, out))
-        if not other:
-            os._exit(status)
-        return status or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
 
-    return run
+def together(work: Callable[[], int]) -> int:
+    """As torchrun would: two processes do it, told by the environment who they are."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    other = os.fork()
+    rank = 0 if other else 1
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {key: str(value) for key, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    status = work()
+    if not other:
+        os._exit(status)
+    return status or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
 
 
 @dataclass(frozen=True)

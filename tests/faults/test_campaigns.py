@@ -69,7 +69,8 @@ def test_nothing_is_left_half_done(printed: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["threads", "processes", "pruning while others call", "swapping while others call"]
+    "name",
+    ["threads", "processes", "pruning while others call", "swapping while others call", "leaving a group"],
 )
 def test_many_callers_get_whole_answers(printed: str, name: str) -> None:
     assert f"concurrency: {name}" in outcomes(printed)

@@ -5,6 +5,7 @@ Many are started by ``torchrun`` or ``accelerate launch``; nothing here launches
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from cpvit.machine.device import choose_device
+
+# Before 2.8 a process that leaves its group waits for gloo's threads and holds the interpreter's lock; a thread that
+# still has to let go of the last exchange's tensors waits for that lock: for ever (pytorch/pytorch#154976).
+LEAVING_MAY_HANG = torch.__version__ < TorchVersion("2.8")
+LETTING_GO_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,13 @@ class Processes:
 
     def part(self) -> None:
         """Leave the process group, at the very end; nothing happens if there is none."""
-        if self.world_size > 1:
-            self.accelerator.end_training()
+        if self.world_size == 1:
+            return
+        if LEAVING_MAY_HANG:
+            time.sleep(
+                LETTING_GO_SECONDS
+            )  # asleep this thread holds no lock, so that gloo's threads can let go
+        self.accelerator.end_training()
 
 
 def start_processes(
