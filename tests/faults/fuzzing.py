@@ -198,7 +198,7 @@ def record_file() -> bytes:
 
 
 def one_block() -> nn.Module:
-    """torch builds a graph operation by operation, OpenVINO compiles it: more blocks take longer and say nothing new."""
+    """torch builds a graph operation by operation, OpenVINO compiles it: more blocks take longer, and say no more."""
     torch.manual_seed(0)
     return timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3
