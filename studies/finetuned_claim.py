@@ -80,19 +80,18 @@ def trained_alike(control: Path, pruned: list[Path]) -> None:
     Raises:
         SystemExit: They differ.
     """
-    runs = {
-        folder: json.loads((folder.resolve().parent / "record.json").read_text())["facts"]
-        for folder in pruned
-    }
-    expected = json.loads((control.resolve().parent / "record.json").read_text())["facts"]
-    for folder, facts in runs.items():
-        other = [
-            name
-            for name in {**expected, **facts}
-            if name != "pruning" and facts.get(name) != expected.get(name)
-        ]
+    expected = facts(control)
+    for folder in pruned:
+        found = facts(folder)
+        other = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
         if other:
             raise SystemExit(f"{folder} was trained otherwise than {control}: {', '.join(other)}")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What decided the outcome of the run that left this folder, but for what was pruned."""
+    found = json.loads((folder.resolve().parent / "record.json").read_text())["facts"]
+    return {name: value for name, value in found.items() if name != "pruning"}
 
 
 def trained(name: str, folder: Path) -> nn.Module:
