@@ -91,7 +91,7 @@ def schedules(records: Loaded) -> str:
         rows.append([METHODS[method], *(f"{_speed(row)}, {_mib(row['timing'])} MiB" for row in pair)])
     rows.append(["dense", *[f"{_mib(setting['dense'])} MiB"] * 2])
     table = markdown(["", "version 0.1: ramp, constant", "curves"], rows)
-    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
+    return _with_command(table, record)
 
 
 def runtimes(records: Loaded) -> str:
@@ -104,7 +104,7 @@ def runtimes(records: Loaded) -> str:
     ]
     first = "float32, speed-up over dense in the same runtime (10th to 90th percentile), efficiency"
     table = markdown([first, *(METHODS[method] for method in methods)], rows)
-    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
+    return _with_command(table, record)
 
 
 def int8(records: Loaded) -> str:
@@ -119,7 +119,7 @@ def int8(records: Loaded) -> str:
         rows.append([title, *cells])
     first = f"{MODELS[record['model']]}, batch {record['batch_size']}, over dense float32 torch"
     header = [first, "float32: dense, `cpvit-merge`", "int8: dense, `cpvit-merge`"]
-    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(markdown(header, rows), [record])}"
+    return _with_command(markdown(header, rows), record)
 
 
 def quantisation(records: Loaded) -> str:
@@ -146,7 +146,7 @@ def _quantisation(record: Any) -> str:
         rows.append([name, *cells])
     kept = f"`cpvit-merge` at {100 * record['macs']:.0f}% of the MACs"
     header = ["KL, agreement, top-1 points lost; speed over dense float32 torch", "dense", kept]
-    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(markdown(header, rows), [record])}"
+    return _with_command(markdown(header, rows), record)
 
 
 def prefill(records: Loaded) -> str:
@@ -186,7 +186,7 @@ def profile(records: Loaded) -> str:
     rows.append(["operations started", str(dense["operations"]), str(pruned["operations"]), ""])
     kept = f"`{record['method']}` at {100 * record['macs_ratio']:.0f}% of the MACs"
     table = markdown(["ms of self time in a forward", "dense", kept, "ratio"], rows)
-    return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
+    return _with_command(table, record)
 
 
 def training(records: Loaded) -> str:
@@ -201,6 +201,10 @@ def training(records: Loaded) -> str:
         cells = [f"{speed:.1f} ({speed / fastest:.2f}x)" for speed, fastest in found]
         rows.append([f"`{method}` at {100 * record['macs']:.0f}% of the MACs", *cells])
     table = markdown(["images/s in training", *dtypes], rows)
+    return _with_command(table, record)
+
+
+def _with_command(table: str, record: Any) -> str:
     return f"```\n{record['made_by']['command']}\n```\n\n{_with_machine(table, [record])}"
 
 
