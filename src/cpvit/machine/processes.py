@@ -80,9 +80,7 @@ class Processes:
         if self.world_size == 1:
             return
         if LEAVING_MAY_HANG:
-            time.sleep(
-                LETTING_GO_SECONDS
-            )  # asleep this thread holds no lock, so that gloo's threads can let go
+            time.sleep(LETTING_GO_SECONDS)  # without the lock, so that gloo's threads can let go
         self.accelerator.end_training()
 
 
